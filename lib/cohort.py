@@ -1,0 +1,287 @@
+"""The prepared cohort on disk: written a subject at a time, opened memory-mapped."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import scipy
+from joblib import Parallel, delayed
+from scipy import ndimage
+
+from lib import ROOT, run_folder, volumes
+from lib.datasets import Subject
+from lib.errors import CourseError
+from lib.intake import LESION_FREE, Gathered, is_healthy
+from lib.preprocessing import Recipe, prepare
+from lib.progress import bar
+
+FORMAT = 1
+LEAST_BRAIN = 0.05  # of a slice's square; emptier slices teach nothing
+GUARD = 2  # slices between a lesion and a slice that counts as lesion-free
+OPEN_ARRAYS = 300  # each mapped array holds a file open, and a process may have 1024
+
+
+def prepare_cohort(gathered: Gathered, recipe: Recipe) -> Path:
+    """Write the cohort, a subject at a time, to `data/prepared/<hash>`; what is there already is not made again.
+
+    Needs the memory of one subject a core, however many there are. Returns the cohort's folder.
+    """
+    identity = _identity(gathered, recipe)
+    folder = ROOT / "data" / "prepared" / identity
+    waiting = [s for s in gathered.subjects if not (folder / s.id / "facts.json").exists()]
+    if waiting or not (folder / "manifest.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs = (delayed(_prepare_subject)(s, recipe, folder) for s in waiting)
+        for _ in bar(_parallel(jobs, len(waiting)), "preparing", total=len(waiting), unit="subject"):
+            pass
+        manifest = json.dumps(_manifest(identity, gathered, recipe, folder), indent=1)
+        volumes.write_bytes(folder / "manifest.json", manifest.encode())
+    return folder
+
+
+def announce(run: str, folder: Path, gathered: Gathered) -> None:
+    """Tell the later notebooks of a run which cohort is theirs."""
+    said = {
+        "path": folder.relative_to(ROOT).as_posix(),
+        "hash": folder.name,
+        "training": gathered.training,
+        "notes": gathered.notes,
+        "left_out": gathered.left_out,
+    }
+    volumes.write_bytes(run_folder(run) / "cohort.json", json.dumps(said, indent=1).encode())
+
+
+def of_run(run: str) -> "Cohort":
+    """The cohort that notebook 01 prepared for this run."""
+    try:
+        said = json.loads((run_folder(run) / "cohort.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise CourseError(
+            f"The run {run!r} has no prepared cohort.", "Run 01_preprocessing with this run's name first."
+        ) from error
+    return open_cohort(ROOT / said["path"])
+
+
+def open_cohort(folder: Path) -> "Cohort":
+    """Open a prepared cohort; voxels are memory-mapped and read when they are used.
+
+    Raises CourseError where the folder holds no whole cohort.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        if manifest["format"] != FORMAT:
+            raise ValueError(manifest["format"])
+        subjects = tuple(PreparedSubject.load(folder / s["id"], s) for s in manifest["subjects"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise CourseError(
+            f"{folder} holds no whole cohort of this version.", "Delete it and run 01_preprocessing again."
+        ) from error
+    return Cohort(folder, manifest, subjects)
+
+
+@dataclass(frozen=True)
+class PreparedSubject:
+    """One subject of a cohort. Arrays are memory-mapped: `image` float16 [modality, slice, row, column];
+    `brain`, `lesion` bool [slice, row, column]; `affine` from (column, row, slice) to mm."""
+
+    id: str
+    split: str
+    healthy: bool
+    folder: Path
+    facts: dict
+
+    @classmethod
+    def load(cls, folder: Path, facts: dict) -> "PreparedSubject":
+        subject = cls(facts["id"], facts["split"], facts["healthy"], folder, facts)
+        shapes = {array.shape[-3:] for array in (subject.image, subject.brain, subject.lesion)}
+        if shapes != {tuple(facts["shape"])}:
+            raise ValueError(f"{folder}: arrays of {shapes}")
+        return subject
+
+    @property
+    def image(self) -> np.ndarray:
+        return _mapped(self.folder / "image.npy")
+
+    @property
+    def brain(self) -> np.ndarray:
+        return _mapped(self.folder / "brain.npy")
+
+    @property
+    def lesion(self) -> np.ndarray:
+        return _mapped(self.folder / "lesion.npy")
+
+    @property
+    def affine(self) -> np.ndarray:
+        return np.array(self.facts["affine"])
+
+    @property
+    def voxel_mm(self) -> np.ndarray:
+        """Edges of a voxel in mm: column, row, slice."""
+        return nibabel.affines.voxel_sizes(self.affine)
+
+    @cached_property
+    def lesion_free(self) -> np.ndarray:
+        """Slices with brain and at least GUARD slices between them and any lesion voxel, bool [slice]."""
+        near = ndimage.binary_dilation(self.lesion.any(axis=(1, 2)), iterations=GUARD)
+        return self.brain.any(axis=(1, 2)) & ~near
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A prepared cohort: `manifest` as on disk, `subjects` in the order of their names."""
+
+    folder: Path
+    manifest: dict
+    subjects: tuple[PreparedSubject, ...]
+
+    @property
+    def hash(self) -> str:
+        return self.manifest["hash"]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(self.manifest["recipe"]["modalities"])
+
+    @property
+    def size(self) -> int:
+        """Rows and columns of a slice."""
+        return self.manifest["recipe"]["size"]
+
+    @property
+    def training(self) -> str:
+        """What the healthy material is: healthy subjects, or lesion-free slices of patients."""
+        return self.manifest["training"]
+
+    def split(self, name: str) -> tuple[PreparedSubject, ...]:
+        return tuple(s for s in self.subjects if s.split == name)
+
+    def healthy_material(self, name: str) -> list[tuple[PreparedSubject, np.ndarray]]:
+        """Subjects of a split with the slices [slice, bool] that count as healthy in this cohort."""
+        members = [s for s in self.split(name) if self.training == LESION_FREE or s.healthy]
+        return [(s, s.lesion_free) for s in members]
+
+    def slices(self, split: str) -> "Slices":
+        """The healthy slices of a split with enough brain, as a torch Dataset."""
+        index = []
+        for subject, usable in self.healthy_material(split):
+            enough = subject.brain.mean(axis=(1, 2)) >= LEAST_BRAIN
+            index += [(subject, int(i)) for i in np.flatnonzero(usable & enough)]
+        if not index:
+            raise CourseError(
+                f"The split {split} has no healthy slice.", "Give more healthy subjects, or other splits."
+            )
+        return Slices(tuple(index))
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Slices of a cohort; an item is a dict of `image` float32 [modality, row, column], `brain` and `lesion`
+    bool [row, column], `subject` (its id) and `slice`."""
+
+    index: tuple[tuple[PreparedSubject, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> dict:
+        subject, number = self.index[i]
+        return {
+            "image": subject.image[:, number].astype(np.float32),
+            "brain": np.array(subject.brain[number]),
+            "lesion": np.array(subject.lesion[number]),
+            "subject": subject.id,
+            "slice": number,
+        }
+
+
+@lru_cache(maxsize=OPEN_ARRAYS)
+def _mapped(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
+
+
+def _identity(gathered: Gathered, recipe: Recipe) -> str:
+    who = [
+        [
+            s.id,
+            gathered.splits[s.id],
+            is_healthy(s, gathered.facts[s.id]),
+            s.site,
+            s.kind,
+            gathered.facts[s.id]["identity"],
+        ]
+        for s in gathered.subjects
+    ]
+    left_out = [one["subject"] for one in gathered.left_out]
+    content = json.dumps([FORMAT, asdict(recipe), gathered.training, who, left_out], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _parallel(jobs, count: int) -> Iterator:
+    """In processes where that is worth their start."""
+    return Parallel(n_jobs=min(os.cpu_count() or 1, max(1, count // 4)), return_as="generator_unordered")(jobs)
+
+
+def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path) -> None:
+    target = folder / subject.id
+    if target.exists() and not (target / "facts.json").exists():  # damaged: whole folders are moved in at once
+        shutil.rmtree(target)
+    scans = {m: volumes.read(subject.scans[m]) for m in recipe.modalities}
+    lesion = volumes.read(subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
+    prepared = prepare(scans, lesion, recipe)
+    place = folder / f".{subject.id}-{uuid.uuid4().hex}"
+    place.mkdir()
+    np.save(place / "image.npy", prepared.image.astype(np.float16))
+    np.save(place / "brain.npy", prepared.brain)
+    np.save(place / "lesion.npy", prepared.lesion)
+    voxel_ml = abs(np.linalg.det(prepared.affine[:3, :3])) / 1000
+    facts = {
+        "affine": prepared.affine.tolist(),
+        "scales": prepared.scales,
+        "shape": prepared.brain.shape,
+        "prepared_lesion_ml": round(float(prepared.lesion.sum() * voxel_ml), 3),
+    }
+    (place / "facts.json").write_text(json.dumps(facts))
+    try:
+        place.rename(target)
+    except OSError:
+        shutil.rmtree(place)
+        if not (target / "facts.json").exists():  # otherwise another run was quicker
+            raise
+
+
+def _manifest(identity: str, gathered: Gathered, recipe: Recipe, folder: Path) -> dict:
+    subjects = []
+    for s in gathered.subjects:
+        found = gathered.facts[s.id]
+        subjects.append(
+            {
+                "id": s.id,
+                "split": gathered.splits[s.id],
+                "healthy": is_healthy(s, found),
+                "site": s.site,
+                "kind": s.kind,
+                "checksums": found["checksums"],
+                "lesion_ml": found["lesion_ml"],
+                "brain_litres": found["brain_litres"],
+                "lesion_outside_brain_ml": found["lesion_outside_brain_ml"],
+                **json.loads((folder / s.id / "facts.json").read_bytes()),
+            }
+        )
+    versions = {"numpy": np.__version__, "scipy": scipy.__version__, "nibabel": nibabel.__version__}
+    return {
+        "format": FORMAT,
+        "hash": identity,
+        "recipe": asdict(recipe),
+        "versions": versions,
+        "training": gathered.training,
+        "subjects": subjects,
+        "left_out": gathered.left_out,
+    }

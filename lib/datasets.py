@@ -1,0 +1,216 @@
+"""Where scans come from: folders, their layouts, and who belongs to train, validation and test."""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lib.errors import CourseError
+from lib.volumes import SUFFIXES
+
+SPLITS = ("train", "validation", "test")
+HEALTHY_SHARES = (0.6, 0.2, 0.2)
+PATIENT_SHARES = (0.5, 0.2, 0.3)
+
+MODALITIES = ("T1", "T1ce", "T2", "FLAIR", "PD", "CT")
+_BRATS_ENDINGS = {
+    "flair": "FLAIR",
+    "t2f": "FLAIR",
+    "t1": "T1",
+    "t1n": "T1",
+    "t1ce": "T1ce",
+    "t1c": "T1ce",
+    "t1gd": "T1ce",
+    "t2": "T2",
+    "t2w": "T2",
+    "seg": "lesion",
+    "segm": "lesion",
+}
+_BRATS_NAME = re.compile(rf".*[_-]({'|'.join(_BRATS_ENDINGS)})\.nii(\.gz)?", re.IGNORECASE)
+_BRATS_EXPECTED = "a folder a subject, its files ending in _flair, _t1, _t1ce, _t2 and _seg (.nii or .nii.gz)"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One person's scans. `healthy` is None where it is not known."""
+
+    id: str
+    scans: Mapping[str, Path]
+    lesion_mask: Path | None = None
+    healthy: bool | None = None
+    site: str | None = None
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder as it was understood; `notes` are sentences for people."""
+
+    layout: str
+    subjects: tuple[Subject, ...]
+    notes: tuple[str, ...] = field(default=())
+
+
+def find_subjects(folder: Path, layout: str = "") -> Dataset:
+    """Recognise the subjects of a folder by its layout ("" looks for one that fits).
+
+    Raises CourseError for a wrong path, an empty or unknown folder, an unknown layout, two files
+    for one modality, and identities that are not unique.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CourseError(f"{folder} is not a folder.", "Give the folder that holds the scans.")
+    if layout and layout not in LAYOUTS:
+        raise CourseError(f"Layout {layout!r} is not known.", f"Layouts are: {', '.join(LAYOUTS)}.")
+    for name in [layout] if layout else LAYOUTS:
+        subjects, notes = LAYOUTS[name](folder)
+        if subjects:
+            return _described(name, _with_participants(folder, _unique(subjects)), notes)
+    raise CourseError(f"No scans were recognised in {folder}.", f"Expected: {_BRATS_EXPECTED}.")
+
+
+def parse_modalities(text: str) -> tuple[str, ...]:
+    """Modalities from names joined by commas, case set right; CourseError for an unknown or doubled one."""
+    known = {m.lower(): m for m in MODALITIES}
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name.lower() not in known]
+    if unknown or len({n.lower() for n in names}) < len(names):
+        wrong = f"Modality {unknown[0]!r} is not known." if unknown else f"{text!r} names a modality twice."
+        raise CourseError(wrong, f"Modalities are: {', '.join(MODALITIES)}.")
+    return tuple(known[name.lower()] for name in names)
+
+
+def split(loads: Mapping[str, float], shares=PATIENT_SHARES, seed: int = 0) -> dict[str, str]:
+    """Give every subject one of train, validation, test, each with its share of every lesion load.
+
+    `loads`: lesion load by subject. Each split takes its places at equal distances along the order of load, so any
+    stretch of loads is divided by the shares; the seed sets where it starts. Of three subjects each split has one.
+    """
+    random = np.random.default_rng(seed)
+    chance = dict(zip(sorted(loads), random.random(len(loads)), strict=True))
+    starts = random.random(len(SPLITS))
+    counts = zip(SPLITS, starts, _counts(len(loads), shares), strict=True)
+    places = sorted(((i + start) / count, name) for name, start, count in counts for i in range(count))
+    ordered = sorted(loads, key=lambda s: (loads[s], chance[s]))
+    return {subject: name for subject, (_, name) in zip(ordered, places, strict=True)}
+
+
+def read_splits(path: Path, subjects: set[str]) -> dict[str, str]:
+    """Splits from a CSV file with the columns `subject,split`.
+
+    Raises CourseError for an unreadable file, a missing column, a subject that is in two splits or
+    not in the data, and a split that is not train, validation or test.
+    """
+    rows = _table(path, ",", ("subject", "split"))
+    result: dict[str, str] = {}
+    for row in rows:
+        subject, name = row["subject"].strip(), row["split"].strip()
+        if result.get(subject, name) != name:
+            raise CourseError(
+                f"{path} puts {subject} in two splits: {result[subject]} and {name}.", "Keep one of them."
+            )
+        if name not in SPLITS:
+            raise CourseError(f"{path} has the split {name!r} for {subject}.", f"Splits are: {', '.join(SPLITS)}.")
+        result[subject] = name
+    unknown = sorted(result.keys() - subjects)
+    if unknown:
+        raise CourseError(f"{path} names {_some(unknown)}, not in the data.", "Use the names of the subjects' folders.")
+    return result
+
+
+def _counts(subjects: int, shares) -> list[int]:
+    """Subjects of each split: at least one where there are enough, then whichever is furthest behind its share."""
+    counts = np.full(len(shares), int(subjects >= len(shares)))
+    while counts.sum() < subjects:
+        counts[np.argmax(np.multiply(shares, subjects) - counts)] += 1
+    return counts.tolist()
+
+
+def _brats(folder: Path) -> tuple[list[Subject], list[str]]:
+    files = sorted(f for f in folder.rglob("*") if f.name.lower().endswith(SUFFIXES) and not f.name.startswith("."))
+    named = [(f, _BRATS_NAME.fullmatch(f.name)) for f in files]
+    by_folder: dict[Path, dict[str, Path]] = {}
+    for path, match in named:
+        if match:
+            found = by_folder.setdefault(path.parent, {})
+            what = _BRATS_ENDINGS[match[1].lower()]
+            if what in found:
+                raise CourseError(f"{found[what]} and {path.name} both claim to be {what}.", "Keep one of them.")
+            found[what] = path
+    subjects = [
+        Subject(place.resolve().name, {m: p for m, p in found.items() if m != "lesion"}, found.get("lesion"))
+        for place, found in by_folder.items()
+    ]
+    odd = [f.relative_to(folder).as_posix() for f, match in named if not match]
+    return subjects, [f"Not understood and left alone: {_some(odd)}."] if odd else []
+
+
+LAYOUTS = {"brats": _brats}
+
+
+def _unique(subjects: list[Subject]) -> list[Subject]:
+    count = Counter(s.id.lower() for s in subjects)
+    twice = sorted(s.id for s in subjects if count[s.id.lower()] > 1)
+    if twice:
+        raise CourseError(f"Folders share a subject's name, or differ in case only: {_some(twice)}.", "Rename them.")
+    return sorted(subjects, key=lambda s: s.id)
+
+
+def _with_participants(folder: Path, subjects: list[Subject]) -> tuple[Subject, ...]:
+    """Add what `participants.tsv` says of health, site and lesion kind."""
+    path = folder / "participants.tsv"
+    if not path.exists():
+        return tuple(subjects)
+    rows = {row["participant_id"]: row for row in _table(path, "\t", ("participant_id",))}
+    return tuple(
+        Subject(
+            s.id,
+            s.scans,
+            s.lesion_mask,
+            _healthy(path, row.get("healthy")),
+            row.get("site") or None,
+            row.get("kind") or None,
+        )
+        for s in subjects
+        for row in [rows.get(s.id, {})]
+    )
+
+
+def _healthy(path: Path, word: str | None) -> bool | None:
+    meaning = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": None, "n/a": None}
+    try:
+        return meaning[(word or "").strip().lower()]
+    except KeyError:
+        raise CourseError(f"{path} has {word!r} in its column healthy.", "Write 1, 0 or n/a.") from None
+
+
+def _table(path: Path, delimiter: str, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, delimiter=delimiter, restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CourseError(f"{path} cannot be read as a table.", "Give a text file with one row a subject.") from error
+    if not rows or not set(columns) <= rows[0].keys():
+        what = f"{path} has no rows with the columns {', '.join(columns)}."
+        raise CourseError(what, "Name the columns in its first line, then give one row a subject.")
+    return rows
+
+
+def _described(layout: str, subjects: tuple[Subject, ...], notes: list[str]) -> Dataset:
+    scans = Counter(m for s in subjects for m in s.scans)
+    masks = sum(s.lesion_mask is not None for s in subjects)
+    said = ", ".join(f"{m} {scans[m]}" for m in MODALITIES if scans[m])
+    healthy = sum(s.healthy is True for s in subjects)
+    summary = (
+        f"{len(subjects)} subjects in the layout {layout}: {said}; lesion masks {masks}; known to be healthy {healthy}."
+    )
+    return Dataset(layout, subjects, (summary, *notes))
+
+
+def _some(names: list[str], shown: int = 5) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -1,0 +1,322 @@
+"""Who is let in: subjects are found, examined and split before anything is prepared, all problems listed at once."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from joblib import Parallel, delayed
+
+from lib import ROOT, datasets, phantom, volumes
+from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES, Subject
+from lib.errors import CourseError
+from lib.preprocessing import brain_mask, canonical, extent_mm
+from lib.progress import bar
+from lib.volumes import Volume
+
+HEALTHY, LESION_FREE = "healthy subjects", "lesion-free slices of patients"
+BRAIN_LITRES = (0.3, 3.0)
+LEAST_LEVELS = 16
+EXAMINATION = 2  # raised whenever records change their meaning, so that older ones are forgotten
+MOST_NEGATIVE = 0.001  # share of voxels; interpolation leaves a few
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Subjects that can be used, each with its split and what the examination found, and those that were left out."""
+
+    subjects: tuple[Subject, ...]
+    facts: dict[str, dict]
+    splits: dict[str, str]
+    training: str
+    left_out: tuple[dict, ...]
+    notes: tuple[str, ...]
+
+
+def gather(
+    data: str = "",
+    *,
+    layout: str = "",
+    modalities: str = "FLAIR",
+    size: int = 96,
+    pixel_mm: float = 2.0,
+    splits: str = "",
+    skip_broken: bool = False,
+    seed: int = 0,
+    healthy: int = 24,
+    patients: int = 16,
+    voxel_mm: float = 2.0,
+) -> Gathered:
+    """Find, examine and split the subjects of a folder; nothing is written but what the examination remembers.
+
+    `data`: a folder, or "" for the embedded cohort of `healthy` subjects and `patients` at `voxel_mm`;
+    `modalities`: names joined by commas; `size` × `pixel_mm`: the square that a brain must fit.
+    Raises CourseError that lists every problem of every scan, unless `skip_broken`, which leaves those subjects out.
+    """
+    folder = Path(data) if data else _embedded(healthy, patients, voxel_mm, seed)
+    wanted = datasets.parse_modalities(modalities)
+    dataset = datasets.find_subjects(folder, layout)
+    subjects, lacking = _with_modalities(dataset.subjects, wanted)
+    facts = examine(subjects, wanted, size * pixel_mm)
+    broken = {s: record["problems"] for s, record in facts.items() if record["problems"]}
+    if broken and not skip_broken:
+        raise _refusal(broken, len(subjects))
+    useful, unknown = _known([s for s in subjects if s.id not in broken])
+    left_out = [*lacking, *_left_out_broken(broken), *unknown]
+    stated = datasets.read_splits(Path(splits), {s.id for s in dataset.subjects}) if splits else {}
+    assigned, training = _assign(useful, facts, stated, left_out, seed)
+    left_out += _in_no_split(useful, assigned)
+    used = tuple(s for s in useful if s.id in assigned)
+    source = data or "embedded cohort (simulated; its figures are not to be compared with the literature)"
+    notes = (f"Data: {source}.", *dataset.notes, *_notes(used, facts, assigned, training, left_out))
+    return Gathered(used, facts, assigned, training, tuple(left_out), notes)
+
+
+def examine(subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm: float) -> dict[str, dict]:
+    """What is found in each subject's files, by subject.
+
+    A record has `problems` (pairs of what and cure, empty for a good subject), `checksums` of the voxels by modality,
+    `identity` (a checksum of all voxels and grids, the lesion mask's too), `brain_litres`, `extent_mm`, `lesion_ml`,
+    `lesion_outside_brain_ml` and `lesion_labels`. A brain longer than `side_mm` is a problem.
+    Good files that have not changed since the last examination, by size and time, are not read again.
+    """
+    memory = _Memory()
+    keys = {s.id: memory.key(s, modalities) for s in subjects}
+    waiting = [s for s in subjects if keys[s.id] not in memory.records]
+    jobs = (delayed(_examine_subject)(s, modalities) for s in waiting)
+    workers = min(os.cpu_count() or 1, max(1, len(waiting) // 4))
+    found = Parallel(n_jobs=workers, return_as="generator")(jobs)
+    for subject, record in zip(waiting, bar(found, "examining", total=len(waiting), unit="subject"), strict=True):
+        memory.records[keys[subject.id]] = record
+    memory.keep()
+    records = {s.id: {**memory.records[keys[s.id]]} for s in subjects}
+    return _with_square(_with_duplicates(records), side_mm)
+
+
+def _examine_subject(subject: Subject, modalities: tuple[str, ...]) -> dict:
+    record = {
+        "problems": [],
+        "checksums": {},
+        "identity": "",
+        "brain_litres": 0.0,
+        "extent_mm": [0, 0, 0],
+        "lesion_ml": 0.0,
+        "lesion_outside_brain_ml": 0.0,
+        "lesion_labels": [],
+    }
+    scans = {m: _attempt(record, subject.scans[m]) for m in modalities}
+    lesion = _attempt(record, subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
+    for modality, volume in scans.items():
+        if volume:
+            record["checksums"][modality] = volumes.checksum(volume.voxels)
+            record["problems"] += _intensity_problems(subject.scans[modality], volume)
+    if not record["problems"]:
+        record["identity"] = _content([*scans.values(), lesion])
+        _look_at_brain(record, subject, scans, lesion)
+    return record
+
+
+def _content(found: list[Volume | None]) -> str:
+    parts = [volumes.checksum(a) for v in found if v for a in (v.voxels, v.affine)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
+
+
+def _refusal(broken: Mapping[str, list], subjects: int) -> CourseError:
+    lines = [f"  {what} {cure}" for problems in broken.values() for what, cure in problems]
+    count = f"{len(broken)} of {subjects} subjects cannot be used:"
+    return CourseError("\n".join([count, *lines]), "Mend them, or leave them out with --skip-broken.")
+
+
+def _attempt(record: dict, path, **options) -> Volume | None:
+    try:
+        return volumes.read(path, **options)
+    except CourseError as error:
+        record["problems"].append((error.what, error.cure))
+        return None
+
+
+def _intensity_problems(path, volume: Volume):
+    if (volume.voxels < 0).mean() > MOST_NEGATIVE:
+        yield (
+            f"{path} has negative intensities, as after a z-score.",
+            "Give the scan from before, or shift its brain above 0.",
+        )
+    elif len(np.unique(volume.voxels[::2, ::2, ::2])) < LEAST_LEVELS:
+        yield f"{path} has fewer than {LEAST_LEVELS} grey levels.", "Give a scan, not a mask or a label map."
+
+
+def _look_at_brain(record: dict, subject: Subject, scans: dict[str, Volume], lesion: Volume | None) -> None:
+    first, *others = scans.values()
+    paths = [*[subject.scans[m] for m in scans][1:], subject.lesion_mask]
+    for volume, path in zip([*others, lesion], paths, strict=True):
+        if volume and not volumes.same_grid(first.voxels.shape, first.affine, volume.voxels.shape, volume.affine):
+            what = f"{path} lies on another grid than {next(iter(subject.scans[m] for m in scans)).name}."
+            record["problems"].append((what, "Resample it to that grid, or give the file that belongs to it."))
+    if record["problems"]:
+        return
+    brain = brain_mask([v.voxels for v in scans.values()])
+    litres = float(brain.sum() * first.millilitres / 1000)
+    record["brain_litres"] = round(litres, 3)
+    if not BRAIN_LITRES[0] <= litres <= BRAIN_LITRES[1]:
+        what = f"{subject.id}: {litres:.2f} litres are above 0, and a brain has {BRAIN_LITRES[0]} to {BRAIN_LITRES[1]}."
+        record["problems"].append((what, "Give brain-extracted scans with 0 outside the brain."))
+        return
+    turned = canonical(Volume(brain, first.affine))
+    record["extent_mm"] = extent_mm(turned.voxels, turned).round(1).tolist()
+    if lesion:
+        _look_at_lesion(record, subject, lesion, brain)
+    elif subject.healthy is False:
+        record["problems"].append(
+            (f"{subject.id} is a patient without a lesion mask.", "Add its mask, or leave it out.")
+        )
+
+
+def _look_at_lesion(record: dict, subject: Subject, lesion: Volume, brain: np.ndarray) -> None:
+    labels = np.unique(lesion.voxels)
+    path, truth = subject.lesion_mask, lesion.voxels > 0
+    outside = float((truth & ~brain).sum() * lesion.millilitres)
+    record["lesion_ml"] = round(float(truth.sum() * lesion.millilitres), 6)
+    record["lesion_outside_brain_ml"] = round(outside, 3)
+    if (labels != labels.round()).any() or len(labels) > LEAST_LEVELS:
+        record["problems"].append(
+            (
+                f"{path} holds no labels but {len(labels)} values.",
+                "Give a mask of whole numbers, above 0 in the lesion.",
+            )
+        )
+        return
+    record["lesion_labels"] = [int(v) for v in labels if v]
+    if truth.sum() > 0.8 * brain.sum():
+        record["problems"].append((f"{path} covers the whole brain.", "Give the lesion's mask, not the brain's."))
+    elif outside > record["lesion_ml"] / 2:
+        record["problems"].append((f"{path} lies mostly outside the brain.", "Check that it belongs to this scan."))
+    if subject.healthy and truth.any():
+        record["problems"].append(
+            (f"{path} has a lesion in a subject declared healthy.", "Correct participants.tsv or the mask.")
+        )
+
+
+def _with_duplicates(records: dict[str, dict]) -> dict[str, dict]:
+    """The same voxels under two names: the later name has a problem."""
+    owner: dict[str, str] = {}
+    for subject, record in records.items():
+        for modality, mark in record["checksums"].items():
+            first = owner.setdefault(mark, f"{subject} {modality}")
+            if first != f"{subject} {modality}":
+                problem = (f"{subject} {modality} has the same voxels as {first}.", "Keep one of the two.")
+                record["problems"] = [*record["problems"], problem]
+    return records
+
+
+def _with_square(records: dict[str, dict], side: float) -> dict[str, dict]:
+    for subject, record in records.items():
+        longest = max(record["extent_mm"][:2])
+        if longest > side:
+            problem = (
+                f"{subject}: its brain of {longest:.0f} mm does not fit slices of {side:.0f} mm.",
+                "Raise size or pixel_mm.",
+            )
+            record["problems"] = [*record["problems"], problem]
+    return records
+
+
+class _Memory:
+    """Records of earlier examinations, by the names, sizes and times of a subject's files."""
+
+    def __init__(self):
+        self.path = ROOT / "data" / "prepared" / "examined.json"
+        try:
+            self.records = json.loads(self.path.read_bytes())
+            self.records.keys()
+        except (OSError, ValueError, AttributeError):
+            self.records = {}
+
+    def key(self, subject: Subject, modalities: tuple[str, ...]) -> str:
+        files = [subject.scans[m] for m in modalities] + ([subject.lesion_mask] if subject.lesion_mask else [])
+        seen = [(os.path.realpath(f), *((s.st_size, s.st_mtime_ns) if (s := _stat(f)) else ())) for f in files]
+        return hashlib.sha256(json.dumps([EXAMINATION, seen, modalities, subject.healthy]).encode()).hexdigest()
+
+    def keep(self) -> None:
+        good = {key: record for key, record in self.records.items() if not record["problems"]}
+        volumes.write_bytes(self.path, json.dumps(good).encode())
+
+
+def _stat(path):
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _embedded(healthy: int, patients: int, voxel_mm: float, seed: int) -> Path:
+    folder = ROOT / "data" / "embedded" / phantom.folder_name(healthy, patients, voxel_mm, seed)
+    return phantom.write_cohort(folder, healthy=healthy, patients=patients, voxel_mm=voxel_mm, seed=seed)
+
+
+def _with_modalities(subjects, modalities) -> tuple[tuple[Subject, ...], list[dict]]:
+    complete = tuple(s for s in subjects if set(modalities) <= s.scans.keys())
+    if not complete:
+        there = sorted({m for s in subjects for m in s.scans})
+        raise CourseError(f"No subject has {' and '.join(modalities)}.", f"The folder has: {', '.join(there)}.")
+    lacking = [
+        {"subject": s.id, "why": f"It has no {' and no '.join(m for m in modalities if m not in s.scans)}."}
+        for s in subjects
+        if s not in complete
+    ]
+    return complete, lacking
+
+
+def _left_out_broken(broken: Mapping[str, list]) -> list[dict]:
+    return [{"subject": s, "why": " ".join(what for what, _ in problems)} for s, problems in broken.items()]
+
+
+def _in_no_split(subjects, assigned) -> list[dict]:
+    return [{"subject": s.id, "why": "It stands in no split."} for s in subjects if s.id not in assigned]
+
+
+def _known(subjects) -> tuple[tuple[Subject, ...], list[dict]]:
+    """Without a lesion mask, a subject is of use only where it is known to be healthy."""
+    unknown = [s for s in subjects if s.lesion_mask is None and not s.healthy]
+    why = "It has no lesion mask and is not known to be healthy; say so in the column healthy of participants.tsv."
+    return tuple(s for s in subjects if s not in unknown), [{"subject": s.id, "why": why} for s in unknown]
+
+
+def is_healthy(subject: Subject, facts: dict) -> bool:
+    """Healthy by declaration, or by a lesion mask that is empty."""
+    return subject.healthy if subject.healthy is not None else facts["lesion_ml"] == 0
+
+
+def _assign(subjects, facts, stated: Mapping[str, str], left_out, seed: int) -> tuple[dict[str, str], str]:
+    """Splits by subject, and what the healthy material is; `stated`: the splits of a file, where there is one."""
+    loads = {s.id: facts[s.id]["lesion_ml"] for s in subjects}
+    healthy = {s.id for s in subjects if is_healthy(s, facts[s.id])}
+    if stated:
+        result = {s: name for s, name in stated.items() if s in loads}
+    elif len(healthy) >= len(datasets.SPLITS):
+        result = dict.fromkeys(loads, "test") | datasets.split(dict.fromkeys(healthy, 0.0), HEALTHY_SHARES, seed)
+    else:
+        result = datasets.split(loads, PATIENT_SHARES, seed)
+    for name in datasets.SPLITS:
+        if name not in result.values():
+            reasons = "".join(f"\n  {one['subject']}: {one['why']}" for one in left_out)
+            count = f"{len(loads)} can be used, {len(left_out)} cannot"
+            what = f"No subject is left for the split {name}; {count}.{reasons}"
+            raise CourseError(what, "Give at least three usable subjects, or other splits.")
+    covered = {result.get(s) for s in healthy}
+    return result, HEALTHY if {"train", "validation"} <= covered else LESION_FREE
+
+
+def _notes(subjects, facts, splits, training, left_out) -> Iterator[str]:
+    for name in datasets.SPLITS:
+        members = [s for s in subjects if splits[s.id] == name]
+        healthy = sum(is_healthy(s, facts[s.id]) for s in members)
+        yield f"Split {name}: {healthy} healthy, {len(members) - healthy} patients."
+    yield f"Healthy material for training and thresholds: {training}."
+    labels = sorted({v for s in subjects for v in facts[s.id]["lesion_labels"]})
+    if labels:
+        yield f"Lesion labels found: {', '.join(map(str, labels))}; any of them counts as lesion."
+    for one in left_out:
+        yield f"Left out: {one['subject']}. {one['why']}"

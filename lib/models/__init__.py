@@ -1,0 +1,43 @@
+"""The detectors by name, and how a saved one comes back."""
+
+from pkgutil import resolve_name
+
+from lib.errors import CourseError
+from lib.models.detector import Detector, SliceDetector, read_file
+
+AE = "lib.models.autoencoder:Autoencoder"
+DETECTORS = {
+    "ae": (AE, {}),
+    "ae_dense": (AE, {"bottleneck": "dense"}),
+    "ae_ssim": (AE, {"loss": "ssim"}),
+    "empty": ("lib.baselines:Empty", {}),
+    "random": ("lib.baselines:Random", {}),
+    "intensity": ("lib.baselines:Intensity", {}),
+    "intensity_median": ("lib.baselines:IntensityMedian", {}),
+    "atlas_z": ("lib.baselines:AtlasZ", {}),
+}
+
+
+def create(name: str, modalities: tuple[str, ...], **settings) -> Detector:
+    """A detector that is not fitted yet; `settings` are fields of its Settings."""
+    if name not in DETECTORS:
+        raise CourseError(f"There is no detector {name!r}.", f"Detectors are: {', '.join(DETECTORS)}.")
+    place, fixed = DETECTORS[name]
+    kind = resolve_name(place)
+    return kind(name, modalities, kind.Settings(**(settings | fixed)))
+
+
+def family(name: str) -> str:
+    """The family a detector belongs to; "baseline" for what needs no model."""
+    return resolve_name(DETECTORS[name][0]).family
+
+
+def load(path) -> Detector:
+    """A fitted detector from its file; CourseError where the file is missing or damaged."""
+    about, state = read_file(path)
+    detector = create(about["name"], tuple(about["modalities"]), **about["settings"])
+    detector.restore(state)
+    return detector
+
+
+__all__ = ["DETECTORS", "Detector", "SliceDetector", "create", "family", "load"]

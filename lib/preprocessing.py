@@ -1,0 +1,189 @@
+"""From the scans of one subject to slices that a network can learn from: orientation, resampling, brain, intensity."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import nibabel
+import numpy as np
+from scipy import ndimage
+from skimage.exposure import equalize_adapthist
+
+from lib.errors import CourseError
+from lib.volumes import Volume
+
+HALVINGS = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How scans are prepared; the cohort's hash contains it.
+
+    `pixel_mm`: edge of a pixel within a slice; `slice_mm`: distance of slices, 0 keeps that of the scan;
+    `size`: rows and columns of the square; `normalisation`: a key of NORMALISATIONS; `clahe`: contrast-limited
+    adaptive histogram equalisation of each slice; `slices`: "all", or "largest" for the one slice with most brain.
+    """
+
+    modalities: tuple[str, ...] = ("FLAIR",)
+    pixel_mm: float = 2.0
+    slice_mm: float = 0.0
+    size: int = 96
+    normalisation: str = "p99"
+    clahe: bool = False
+    slices: str = "all"
+
+    def __post_init__(self):
+        choices = {"normalisation": tuple(NORMALISATIONS), "slices": ("all", "largest")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise CourseError(f"{name} is {getattr(self, name)!r}.", f"It may be: {', '.join(allowed)}.")
+        for name in ("pixel_mm", "slice_mm", "size"):
+            value = getattr(self, name)
+            if not 0 <= value < np.inf or (value == 0 and name != "slice_mm"):
+                raise CourseError(f"{name} is {value}.", "Give a finite number above 0.")
+        if self.size % HALVINGS:
+            raise CourseError(
+                f"size is {self.size}.", f"Give a multiple of {HALVINGS}: networks halve slices four times."
+            )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One subject on the prepared grid: axial slices, rows from back to front, columns from left to right.
+
+    `image` float32 [modality, slice, row, column], 0 outside the brain; `brain`, `lesion` bool [slice, row, column];
+    `affine` [4, 4] from (column, row, slice) to mm in RAS+; `scales`: what each modality was divided by.
+    """
+
+    image: np.ndarray
+    brain: np.ndarray
+    lesion: np.ndarray
+    affine: np.ndarray
+    scales: tuple[float, ...]
+
+
+def prepare(scans: Mapping[str, Volume], lesion: Volume | None, recipe: Recipe) -> Prepared:
+    """Bring one subject's scans onto the prepared grid.
+
+    `scans`: a volume for each of the recipe's modalities, all on one grid, brain extracted (0 outside).
+    Raises CourseError where the brain does not fit the recipe's square.
+    """
+    volumes = [canonical(scans[m]) for m in recipe.modalities]
+    inside = brain_mask([v.voxels for v in volumes])
+    grid = _Grid.around(inside, volumes[0], recipe)
+    brain = grid.sample(inside.astype(np.float32)) > 0.5
+    truth = grid.sample((canonical(lesion).voxels > 0).astype(np.float32)) > 0.5 if lesion else np.zeros_like(brain)
+    images, scales = zip(
+        *(NORMALISATIONS[recipe.normalisation](grid.sample(v.voxels), brain) for v in volumes), strict=True
+    )
+    image = np.stack(images)
+    if recipe.clahe:
+        image = np.stack([clahe(one) for one in image])
+    image = image * brain
+    if recipe.slices == "largest":
+        most = int(brain.sum(axis=(1, 2)).argmax())
+        keep = slice(most, most + 1)
+        grid = grid.shifted(most)
+        image, brain, truth = image[:, keep], brain[keep], truth[keep]
+    return Prepared(image.astype(np.float32), brain, truth & brain, grid.affine, tuple(scales))
+
+
+def canonical(volume: Volume) -> Volume:
+    """Flip and exchange axes, without interpolation, so that they point right, anterior, superior."""
+    turn = nibabel.io_orientation(volume.affine)
+    affine = volume.affine @ nibabel.orientations.inv_ornt_aff(turn, volume.voxels.shape)
+    return Volume(nibabel.apply_orientation(volume.voxels, turn), affine)
+
+
+def brain_mask(volumes: list[np.ndarray]) -> np.ndarray:
+    """The brain in brain-extracted scans: the largest connected part above 0 in any modality, its holes filled.
+
+    `volumes`: arrays of one shape [i, j, k]; returns bool of that shape.
+    """
+    inside = np.any([v > 0 for v in volumes], axis=0)
+    brain = np.zeros_like(inside)
+    if not inside.any():
+        return brain
+    box = ndimage.find_objects(inside.astype(np.int8))[0]
+    parts, _ = ndimage.label(inside[box])
+    largest = parts == 1 + np.bincount(parts.ravel())[1:].argmax()
+    outside, _ = ndimage.label(np.pad(~largest, 1, constant_values=True))
+    brain[box] = (outside != outside[0, 0, 0])[1:-1, 1:-1, 1:-1]
+    return brain
+
+
+def extent_mm(mask: np.ndarray, volume: Volume) -> np.ndarray:
+    """Edges in mm of the box around a mask, [3]."""
+    return np.array([s.stop - s.start for s in ndimage.find_objects(mask.astype(np.int8))[0]]) * volume.voxel_mm
+
+
+def clahe(image: np.ndarray) -> np.ndarray:
+    """Equalise each slice of [slice, row, column] adaptively, keeping its range (Pizer 1987; clip limit 0.01)."""
+    image = np.clip(image, 0, None)
+    return np.stack([equalize_adapthist(one / one.max()) * one.max() if one.any() else one for one in image])
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The prepared grid in a scan's canonical grid: `step` and `start` in that grid's voxels, `shape` of the result."""
+
+    step: np.ndarray
+    start: np.ndarray
+    shape: tuple[int, int, int]
+    scan_affine: np.ndarray
+
+    @classmethod
+    def around(cls, brain: np.ndarray, volume: Volume, recipe: Recipe) -> "_Grid":
+        extent = extent_mm(brain, volume)
+        side = recipe.size * recipe.pixel_mm
+        if max(extent[:2]) > side:
+            raise CourseError(
+                f"A brain of {max(extent[:2]):.0f} mm does not fit slices of {side:.0f} mm.", "Raise size or pixel_mm."
+            )
+        target = np.array([recipe.pixel_mm, recipe.pixel_mm, recipe.slice_mm or volume.voxel_mm[2]])
+        step = target / volume.voxel_mm
+        box = ndimage.find_objects(brain.astype(np.int8))[0]
+        slices = int(np.ceil((box[2].stop - box[2].start) / step[2] - 1e-6))
+        shape = (recipe.size, recipe.size, slices)
+        centre = np.array([(s.start + s.stop - 1) / 2 for s in box])
+        start = np.round(centre - step * (np.array(shape) - 1) / 2)
+        return cls(step, start, shape, volume.affine)
+
+    @property
+    def affine(self) -> np.ndarray:
+        here = np.eye(4)
+        here[:3, :3] = np.diag(self.step)
+        here[:3, 3] = self.start
+        return self.scan_affine @ here
+
+    def shifted(self, slices: int) -> "_Grid":
+        return _Grid(self.step, self.start + self.step * (0, 0, slices), self.shape, self.scan_affine)
+
+    def sample(self, voxels: np.ndarray) -> np.ndarray:
+        """Linear interpolation after the smoothing that coarser voxels ask for, as [slice, row, column]."""
+        smooth = ndimage.gaussian_filter(voxels, np.maximum(0, (self.step - 1) / 2))
+        result = ndimage.affine_transform(smooth, self.step, self.start, self.shape, order=1)
+        return np.ascontiguousarray(result.transpose(2, 1, 0))
+
+
+def _by_percentile(image: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, float]:
+    scale = max(float(np.percentile(image[brain], 99)), 1e-6)
+    return np.clip(image / scale, 0, 1.5), scale
+
+
+def _by_maximum(image: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, float]:
+    scale = max(float(image[brain].max()), 1e-6)
+    return image / scale, scale
+
+
+def _by_z_score(image: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, float]:
+    scale = max(float(image[brain].std()), 1e-6)
+    return np.clip((image - image[brain].mean()) / scale, -5, 5), scale
+
+
+def _by_slice_range(image: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, float]:
+    image = image * brain
+    low, high = image.min(axis=(1, 2), keepdims=True), image.max(axis=(1, 2), keepdims=True)
+    return (image - low) / np.maximum(high - low, 1e-6), 1.0
+
+
+NORMALISATIONS = {"p99": _by_percentile, "max": _by_maximum, "zscore": _by_z_score, "slice_range": _by_slice_range}

@@ -1,0 +1,371 @@
+"""The report of a run: an index and a page for each notebook that open from disk, without a network."""
+
+import json
+import logging
+import struct
+import textwrap
+import tomllib
+from base64 import b64decode
+from datetime import datetime
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import mistune
+import nbformat
+import pandas as pd
+from bs4 import BeautifulSoup
+from jinja2 import Environment, FileSystemLoader
+from nbconvert import HTMLExporter
+from nbconvert.filters import strip_ansi
+from pygments.formatters import HtmlFormatter
+from traitlets.config import Config
+
+from lib import volumes
+from lib.errors import CourseError
+
+TEMPLATES = Path(__file__).with_name("templates")
+PAGE_MB = 3
+PAPERMILL_BANNER = "papermill-error-cell-tag"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+SHOWN = ["text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/plain"]
+FOLDED = {"parameters": "Parameters and their defaults", "injected-parameters": "Parameters as set for this run"}
+LABELS = {"method": "Method", "modality": "Modality", "postprocess": "Post-processing", "seed": "Seed"}
+RESULTS = [
+    *("method", "family", "modality", "postprocess", "stratum", "level", "metric"),
+    *("value", "low", "high", "n", "seed", "note"),
+]
+TIMINGS = ["notebook", "method", "stage", "seconds", "peak_memory_gb"]
+NUMBERS = {"value", "low", "high", "n", "seconds", "peak_memory_gb"}
+METRICS = {
+    (metric["level"], metric["name"]): metric
+    for metric in tomllib.loads((TEMPLATES / "metrics.toml").read_text(encoding="utf-8"))["metric"]
+}
+MAIN = [key for key, metric in METRICS.items() if "main" in metric]
+FURTHER = [key for key in METRICS if key not in MAIN]
+
+
+def write(folder: Path) -> Path:
+    """Write `index.html` and `notebooks/*.html` of a run and return the index.
+
+    `folder` is `reports/<run>/`. Of its files only `run.json` must be there: a run that failed or
+    was interrupted gets a report of what there is. Raises CourseError where `run.json` is missing
+    or unreadable. Same folder, same bytes.
+    """
+    folder = Path(folder)
+    run = _read_run(folder)
+    environment = _environment()
+    pages = {page["name"]: page for page in _pages(folder, run)}
+    _write_pages(folder, run, list(pages.values()), environment)
+    index = folder / "index.html"
+    context = _what_ran(run) | _figures(folder) | {"run": run, "pages": pages, "files": _files(folder)}
+    context["data"] = _data_lines(run, context["cohort"])
+    context["pictures"] = [picture for page in pages.values() for picture in page["pictures"]]
+    _save(index, environment.get_template("index.html.j2").render(context))
+    return index
+
+
+def _read_run(folder: Path) -> dict:
+    path = folder / "run.json"
+    try:
+        run = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CourseError(f"{path} is missing or damaged.", "Give the folder of a run.") from error
+    return {"run": folder.name, "notebooks": {}, "data": []} | run
+
+
+def _environment() -> Environment:
+    loader = FileSystemLoader(TEMPLATES)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "duration": _duration,
+        "gigabytes": lambda gb: "" if pd.isna(gb) else f"{gb:.2f} GB",
+        "literal": lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
+        "plain": lambda text: strip_ansi(text).strip(),
+    }
+    return environment
+
+
+def _duration(seconds: float | None) -> str:
+    if pd.isna(seconds):
+        return ""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def _save(path: Path, html: str) -> None:
+    volumes.write_bytes(path, html.encode())
+    if len(html) > PAGE_MB * 1e6:
+        logging.getLogger(__name__).warning("%s is %.1f MB: its pictures are large.", path, len(html) / 1e6)
+
+
+def _what_ran(run: dict) -> dict:
+    began, ended = (run.get(key) and datetime.fromisoformat(run[key]) for key in ("started", "finished"))
+    times = {"Started": began, "Finished": ended}
+    facts = {"Profile": run.get("profile"), "Device": run.get("device"), "Seed": run.get("seed")}
+    facts |= {"Kernel": run.get("kernel"), "Commit": run.get("commit")}
+    facts |= {term: time and f"{time:%Y-%m-%d %H:%M:%S}" for term, time in times.items()}
+    return {
+        "facts": list(facts.items()),
+        "elapsed": _duration((ended - began).total_seconds()) if began and ended else None,
+        "embedded": any(line.lower().removeprefix("data: ").startswith("embedded") for line in run["data"]),
+    }
+
+
+def _data_lines(run: dict, cohort: dict) -> list[str]:
+    """What was understood of the data, each line once; who was left out has a table of its own."""
+    lines = dict.fromkeys([*run["data"], *cohort.get("notes", [])])
+    repeated = "Left out: " if cohort.get("left_out") else ()
+    return [line.removeprefix("Data: ") for line in lines if not line.startswith(repeated)]
+
+
+def _files(folder: Path) -> list[str]:
+    names = ("results.csv", "timings.csv", "run.json", "cohort.json")
+    paths = [folder / name for name in names] + sorted(folder.glob("logs/*"))
+    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+
+
+def _figures(folder: Path) -> dict:
+    """What `cohort.json`, `results.csv` and `timings.csv` say, each of which may be missing."""
+    cohort = folder / "cohort.json"
+    cohort = json.loads(cohort.read_bytes()) if cohort.is_file() else {}
+    timings = _read_table(folder / "timings.csv", TIMINGS)
+    results = _read_table(folder / "results.csv", RESULTS)
+    return {
+        "cohort": cohort,
+        "timings": timings.to_dict("records"),
+        "results": None if results.empty else _results(results, cohort.get("training")),
+    }
+
+
+def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
+    """A table with exactly `columns`: text with "" and numbers with NaN where the file has nothing."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (FileNotFoundError, pd.errors.EmptyDataError):
+        table = pd.DataFrame()
+    table = table.reindex(columns=columns, fill_value="")
+    return table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in NUMBERS & set(columns)})
+
+
+def _results(results: pd.DataFrame, training: str | None) -> dict:
+    labels = ["method"] + [name for name in list(LABELS)[1:] if results[name].nunique() > 1]
+    results = _in_order(results.assign(column=list(zip(results.level, results.metric, strict=True))), labels)
+    everyone = results[results.stratum == "all"]
+    others = FURTHER + sorted(set(results.column) - set(METRICS))
+    groups = [(name, rows) for name, rows in results.groupby("stratum") if name != "all"]
+    return {
+        "main": _table(everyone, MAIN, labels),
+        "further": _table(everyone, others, labels),
+        "strata": [{"name": name.replace(":", ": "), "table": _table(rows, MAIN, labels)} for name, rows in groups],
+        "caption": _caption(results, labels, training),
+    }
+
+
+def _in_order(results: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
+    """Rows by falling voxel AP over all patients, the same order in every table."""
+    leading = results.value.where((results.column == MAIN[0]) & (results.stratum == "all"))
+    ap = leading.groupby([results[name] for name in labels]).transform("max")
+    return results.assign(order=-ap).sort_values(["order", *labels], kind="stable")
+
+
+def _caption(results: pd.DataFrame, labels: list[str], training: str | None) -> str:
+    first = results.iloc[0]
+    same = [f"{LABELS[name].lower()} {first[name]}" for name in LABELS if name not in labels and first[name]]
+    trained = f"Trained, and thresholds frozen before the test, on {training}."
+    return " ".join([
+        "Small type: 95 % interval, bootstrap over patients; n counts the test subjects behind a figure.",
+        trained if training else "Thresholds are frozen before the test.",
+        *([f"All rows: {', '.join(same)}."] if same else []),
+    ])  # fmt: skip
+
+
+def _table(rows: pd.DataFrame, metrics: list[tuple], labels: list[str]) -> dict:
+    """Columns with heading, meaning and n; groups of rows, detectors before baselines."""
+    rows = rows[rows.column.isin(metrics) & rows.value.notna()]
+    columns = [_column(rows, metric) for metric in metrics if metric in set(rows.column)]
+    groups = [
+        {"title": "Baselines" if baseline else "Detectors", "rows": _rows(part, columns, labels)}
+        for baseline, part in rows.groupby(rows.family == "baseline")
+    ]
+    common = _take_common([row for group in groups for row in group["rows"]])
+    noted = any(row["notes"] for group in groups for row in group["rows"])
+    shown = {"columns": columns, "labels": [LABELS[name] for name in labels]}
+    return shown | {"groups": groups, "noted": noted, "common": common}
+
+
+def _column(rows: pd.DataFrame, metric: tuple[str, str]) -> dict:
+    counts = rows.n[rows.column == metric].mode()
+    unknown = {"heading": f"{metric[1].replace('_', ' ')} ({metric[0]})"}
+    return {"key": metric, "n": None if counts.empty else int(counts[0])} | METRICS.get(metric, unknown)
+
+
+def _rows(part: pd.DataFrame, columns: list[dict], labels: list[str]) -> list[dict]:
+    rows = []
+    for key, group in part.groupby(labels, sort=False):
+        found = {row.column: row for row in group.itertuples()}
+        cells = [_cell(found.get(column["key"]), column) for column in columns]
+        rows.append({"labels": key, "cells": cells, "notes": _notes(found, columns)})
+    return rows
+
+
+def _cell(row, column: dict) -> dict | None:
+    if row is None:
+        return None
+    interval = "" if pd.isna(row.low) else f"{_number(row.low)} to {_number(row.high)}"
+    count = "" if pd.isna(row.n) or row.n == column["n"] else int(row.n)
+    return {"value": _number(row.value), "interval": interval, "n": count}
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _notes(found: dict, columns: list[dict]) -> dict[str, list[str]]:
+    """The columns that each note speaks of; a row's note may hold several, parted by semicolons."""
+    said: dict[str, list[str]] = {}
+    for column in columns:
+        row = found.get(column["key"])
+        for words in filter(None, (part.strip() for part in row.note.split(";")) if row else ()):
+            said.setdefault(words, []).append(column["heading"])
+    return said
+
+
+def _take_common(rows: list[dict]) -> list[str]:
+    """Turn each row's notes into sentences, but those that every figure carries: they are said once."""
+    whole = [{note for note, at in row["notes"].items() if len(at) == sum(map(bool, row["cells"]))} for row in rows]
+    common = set.intersection(*whole) if whole else set()
+    for row in rows:
+        row["notes"] = [f"{', '.join(at)}: {note}" for note, at in row["notes"].items() if note not in common]
+    return sorted(common)
+
+
+def _pages(folder: Path, run: dict) -> list[dict]:
+    """One dictionary a page: name, title, status, error, failure (whether it has a place), cells (HTML), pictures."""
+    there = {path.stem: path for path in sorted((folder / "notebooks").glob("[!.]*.ipynb"))}
+    names = [name for name in run["notebooks"] if name in there]
+    names += [name for name in there if name not in run["notebooks"]]
+    merged = {"enabled": True}  # streams in one piece, a progress bar as its last state
+    exporter = HTMLExporter(
+        config=Config(NbConvertBase={"display_data_priority": SHOWN}, CoalesceStreamsPreprocessor=merged),
+        template_name="course",
+        extra_template_basedirs=[str(TEMPLATES)],
+        exclude_anchor_links=True,
+    )
+    return [_page(there[name], run["notebooks"].get(name, {}), exporter) for name in names]
+
+
+def _page(path: Path, entry: dict, exporter: HTMLExporter) -> dict:
+    notebook = _read_notebook(path)
+    page = {"name": path.stem, "status": entry.get("status"), "error": entry.get("error")}
+    page["failure"] = _annotate(notebook, page["status"], page["error"])
+    headings = (_plain(cell.source, "h1") for cell in notebook.cells if cell.cell_type == "markdown")
+    page["title"] = entry.get("title") or next(filter(None, headings), path.stem)
+    page["pictures"] = [picture for cell in notebook.cells for picture in _main_pictures(cell, page)]
+    page["cells"] = _offline(exporter.from_notebook_node(notebook)[0], path.parent)
+    return page
+
+
+def _read_notebook(path: Path) -> nbformat.NotebookNode:
+    try:
+        return nbformat.read(path, as_version=4)
+    except ValueError:
+        words = f"{path.name} cannot be read: it was not written to its end."
+        return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(words)])
+
+
+def _annotate(notebook: nbformat.NotebookNode, status: str | None, error: dict | None) -> bool:
+    """Leave in each cell's metadata what the template asks for; return whether there is a cell that failed."""
+    notebook.metadata.pop("widgets", None)
+    notebook.cells = [cell for cell in notebook.cells if PAPERMILL_BANNER not in _tags(cell)]
+    failed = None if status == "done" else _failed_cell(notebook)
+    above, passed = "A picture of this notebook", False
+    for number, cell in enumerate(notebook.cells, 1):
+        if cell.cell_type == "markdown":
+            above = _plain(cell.source, "p") or _plain(cell.source) or above
+        fold = next((FOLDED[tag] for tag in _tags(cell) if tag in FOLDED), None)
+        notes = {"anchor": f"cell-{number}", "caption": above, "alt": textwrap.shorten(above, 300, placeholder=" …")}
+        cell.metadata["report"] = notes | {"fold": fold, "failed": cell is failed, "not_run": passed}
+        passed = passed or cell is failed
+        _without_widgets(cell)
+    if failed and error and not _raised(failed):
+        failed.outputs.append(nbformat.v4.new_output("error", ename=error["name"], evalue=error["message"]))
+    return failed is not None
+
+
+def _failed_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
+    """The cell that raised, or the one that ran when its kernel ended."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    raised = [cell for cell in cells if _raised(cell) and "raises-exception" not in _tags(cell)]
+    running = [cell for cell in cells if cell.metadata.get("papermill", {}).get("status") in ("running", "failed")]
+    return next(iter(raised + running), None)
+
+
+def _tags(cell: nbformat.NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def _raised(cell: nbformat.NotebookNode) -> bool:
+    return any(output.output_type == "error" for output in cell.outputs)
+
+
+def _without_widgets(cell: nbformat.NotebookNode) -> None:
+    for output in cell.get("outputs", []):
+        if output.get("data", {}).pop(WIDGET, None):
+            output.data["text/plain"] = "An interactive control: open the notebook in JupyterLab to use it."
+
+
+def _plain(markdown: str, tag: str | None = None) -> str:
+    """The text of a Markdown cell, or of its first element `tag`, in one line without markup."""
+    soup = BeautifulSoup(mistune.html(markdown), "html.parser")
+    part = soup.find(tag) if tag else soup
+    return " ".join(part.get_text().split()) if part else ""
+
+
+def _main_pictures(cell: nbformat.NotebookNode, page: dict) -> list[dict]:
+    if "main-picture" not in _tags(cell):
+        return []
+    notes = cell.metadata.report
+    place = f"notebooks/{page['name']}.html#{notes.anchor}"
+    shared = {"place": place, "title": page["title"], "caption": notes.caption, "alt": notes.alt}
+    shown = (output.get("data", {}).get("image/png") for output in cell.outputs)
+    return [shared | _picture(png.replace("\n", "")) for png in shown if png]
+
+
+def _picture(png: str) -> dict:
+    """Source and size in pixels of a base64-coded PNG; the size stands in bytes 16 to 24 of its header."""
+    width, height = struct.unpack(">II", b64decode(png)[16:24])
+    return {"source": f"data:image/png;base64,{png}", "width": width, "height": height, "wide": width > 2 * height}
+
+
+def _offline(html: str, here: Path) -> str:
+    """Cut what would be loaded from elsewhere, and lead links between notebooks to their pages."""
+    soup = BeautifulSoup(html, "html.parser")
+    for tag in soup.select("[src], [srcset], link[href], object[data]"):
+        target = tag.get("src") or tag.get("href") or ""
+        if not target.startswith("data:") and not _beside(target, here):
+            tag.replace_with(tag.get("alt", ""))
+    for link in soup.select("a[href]"):
+        parts = urlsplit(link["href"])
+        if parts.path.endswith(".ipynb") and _beside(parts.path, here):
+            link["href"] = parts._replace(path=parts.path.removesuffix("ipynb") + "html").geturl()
+        elif parts.scheme not in ("http", "https") and parts.path and not _beside(parts.path, here):
+            link.unwrap()
+    return str(soup)
+
+
+def _beside(target: str, here: Path) -> bool:
+    """Whether a relative address names a file of the run's folder."""
+    path = (here / unquote(target)).resolve()
+    return ":" not in target and path.is_relative_to(here.parent.resolve()) and path.is_file()
+
+
+def _write_pages(folder: Path, run: dict, pages: list[dict], environment: Environment) -> None:
+    template = environment.get_template("page.html.j2")
+    code_style = HtmlFormatter(style="friendly").get_style_defs(".highlight")
+    around = zip([None, *pages], pages, [*pages[1:], None], strict=False)
+    for before, page, after in around:
+        html = template.render(run=run, page=page, before=before, after=after, code_style=code_style)
+        _save(folder / "notebooks" / f"{page['name']}.html", html)

@@ -1,0 +1,219 @@
+"""The one training loop: seeds, device, precision, augmentation, early stopping, checkpoints that resume exactly."""
+
+import hashlib
+import io
+import json
+import math
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lib.cohort import Cohort, Slices
+from lib.errors import CourseError
+from lib.progress import bar
+from lib.volumes import write_bytes
+
+ROTATION_DEGREES = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast: at most `epochs` passes over the training slices in batches of `batch_size`, Adam at
+    `learning_rate`, stopped after `patience` epochs without a lower validation loss."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    patience: int
+
+
+@dataclass
+class History:
+    """What training did, a row an epoch: `epoch`, `train` and `validation` losses, `seconds`, `seconds_per_step`."""
+
+    rows: list[dict] = field(default_factory=list)
+    stopped_early: bool = False
+
+    @property
+    def best_epoch(self) -> int:
+        return min(self.rows, key=lambda row: row["validation"])["epoch"]
+
+    @property
+    def seconds(self) -> float:
+        return sum(row["seconds"] for row in self.rows)
+
+
+Batch = dict[str, torch.Tensor]
+Forward = Callable[[torch.Tensor], torch.Tensor]
+Loss = Callable[[Forward, Batch], torch.Tensor]
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """A device by name; `auto` takes cuda, then mps, then the processor. CourseError where it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, present in there.items() if present))
+    if not there.get(name):
+        raise CourseError(f"There is no device {name!r} here.", "Use --device auto or --device cpu.")
+    return torch.device(name)
+
+
+def mixed_precision(network: nn.Module, device: torch.device) -> Forward:
+    """The network's call, in bfloat16 where that was measured to help (`python -m benchmarks.training`), float32 out.
+
+    A rule by what the device can do, not by the clock, so that two runs on one machine are equal.
+    """
+
+    def forward(image: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=native_bfloat16(device)):
+            return network(image).float()
+
+    return forward
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def derived_seed(seed: int, *names) -> int:
+    """A seed of its own for each purpose: equal names, equal seed."""
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, *names]).encode()).digest()[:6], "big")
+
+
+def train(
+    network: nn.Module, loss: Loss, cohort: Cohort, plan: Plan, *, checkpoint: Path, seed: int, device: torch.device,
+    resume: bool = True,
+) -> History:  # fmt: skip
+    """Train on the healthy slices of train until those of validation stop improving; the best weights are kept.
+
+    `loss(forward, batch)` is the mean loss of a batch on the device, a dict of `image` float32 [batch, modality, row,
+    column] and `brain` bool [batch, row, column]; `forward` calls the network in mixed precision. After each epoch
+    everything that the next one depends on goes to `checkpoint`; with `resume`, one of the same cohort, plan, seed and
+    network goes on where it stopped, to the same end.
+    """
+    network.to(device, memory_format=torch.contiguous_format if native_bfloat16(device) else torch.channels_last)
+    optimiser = torch.optim.Adam(network.parameters(), lr=plan.learning_rate)
+    signature = json.dumps([cohort.hash, asdict(plan), seed, str(network)])
+    state = _State(network, optimiser, checkpoint, signature)
+    if not (resume and state.restore()):
+        torch.manual_seed(derived_seed(seed, "steps"))
+    slices, watched = cohort.slices("train"), cohort.slices("validation")
+    steps = math.ceil(len(slices) / plan.batch_size)
+    with bar(
+        total=plan.epochs * steps, initial=len(state.history.rows) * steps, what=checkpoint.stem, unit="step"
+    ) as progress:
+        for epoch in range(len(state.history.rows), plan.epochs):
+            if state.waited() >= plan.patience:
+                break
+            row = _epoch(network, optimiser, loss, slices, plan, derived_seed(seed, "epoch", epoch), device, progress)
+            row |= {"epoch": epoch, "validation": _validate(network, loss, watched, plan, device)}
+            state.keep(row)
+            progress.set_postfix_str(f"loss {row['train']:.4f}, validation {row['validation']:.4f}")
+    network.load_state_dict(state.best)
+    state.history.stopped_early = len(state.history.rows) < plan.epochs
+    return state.history
+
+
+def augment(batch: Batch, random: torch.Generator) -> Batch:
+    """Flip left and right, and rotate by up to 10°, each slice by chance and image and brain alike."""
+    count, device = len(batch["image"]), batch["image"].device
+    angle = (torch.rand(count, generator=random) * 2 - 1) * math.radians(ROTATION_DEGREES)
+    mirror = (torch.rand(count, generator=random) < 0.5) * 2.0 - 1
+    cos, sin, none = angle.cos(), angle.sin(), torch.zeros(count)
+    turn = torch.stack([torch.stack([cos * mirror, -sin, none], 1), torch.stack([sin * mirror, cos, none], 1)], 1)
+    grid = functional.affine_grid(turn, [count, 1, *batch["brain"].shape[1:]], align_corners=False).to(device)
+    image = functional.grid_sample(batch["image"], grid, align_corners=False)
+    brain = functional.grid_sample(batch["brain"][:, None].float(), grid, align_corners=False)[:, 0] > 0.5
+    return {"image": image * brain[:, None], "brain": brain}
+
+
+def _epoch(network, optimiser, loss: Loss, slices: Slices, plan: Plan, seed: int, device, progress) -> dict:
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(slices), generator=random)
+    network.train()
+    forward = mixed_precision(network, device)
+    started, total, times = time.perf_counter(), 0.0, []
+    for part in order.split(plan.batch_size):
+        step_started = time.perf_counter()
+        batch = augment(_batch(slices, part.tolist(), device), random)
+        value = loss(forward, batch)
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        optimiser.step()
+        total += value.item() * len(part)
+        times.append(time.perf_counter() - step_started)
+        progress.update()
+    return {
+        "train": total / len(slices),
+        "seconds": time.perf_counter() - started,
+        "seconds_per_step": float(np.median(times)),
+    }
+
+
+@torch.inference_mode()
+def _validate(network, loss: Loss, slices: Slices, plan: Plan, device) -> float:
+    network.eval()
+    forward, total = mixed_precision(network, device), 0.0
+    for part in torch.arange(len(slices)).split(plan.batch_size):
+        total += loss(forward, _batch(slices, part.tolist(), device)).item() * len(part)
+    return total / len(slices)
+
+
+def _batch(slices: Slices, numbers: list[int], device) -> Batch:
+    items = [slices[i] for i in numbers]
+    return {key: torch.from_numpy(np.stack([item[key] for item in items])).to(device) for key in ("image", "brain")}
+
+
+class _State:
+    """All that the next epoch depends on, in memory and in the checkpoint."""
+
+    def __init__(self, network: nn.Module, optimiser: torch.optim.Optimizer, path: Path, signature: str):
+        self.network, self.optimiser, self.path, self.signature = network, optimiser, path, signature
+        self.history = History()
+        self.best = _copied(network)
+
+    def waited(self) -> int:
+        """Epochs since the lowest validation loss."""
+        return len(self.history.rows) - 1 - self.history.best_epoch if self.history.rows else 0
+
+    def keep(self, row: dict) -> None:
+        self.history.rows.append(row)
+        if self.history.best_epoch == row["epoch"]:
+            self.best = _copied(self.network)
+        kept = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict(), "best": self.best}
+        kept |= {"signature": self.signature, "rows": self.history.rows, "random": torch.get_rng_state()}
+        content = io.BytesIO()
+        torch.save(kept, content)
+        write_bytes(self.path, content.getvalue())
+
+    def restore(self) -> bool:
+        """Whether a checkpoint of this very training was there and taken up."""
+        if not self.path.exists():
+            return False
+        try:
+            kept = torch.load(self.path, map_location="cpu", weights_only=True)
+            if kept["signature"] != self.signature:
+                return False
+            self.network.load_state_dict(kept["network"])
+            self.optimiser.load_state_dict(kept["optimiser"])
+        except (RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise CourseError(
+                f"The checkpoint {self.path} is damaged.", "Delete it and start again with --resume."
+            ) from error
+        self.best, self.history.rows = kept["best"], kept["rows"]
+        torch.set_rng_state(kept["random"])
+        return True
+
+
+def _copied(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.detach().clone() for key, value in network.state_dict().items()}

@@ -1,0 +1,75 @@
+"""What holds the house together: floors, stored notebooks, the course's own table."""
+
+import ast
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "errors": 0, "volumes": 0, "progress": 0, "datasets": 1, "phantom": 1, "preprocessing": 2, "intake": 2, "cohort": 2,
+    "training": 3, "models": 3, "baselines": 3, "scoring": 4, "evaluation": 4, "plots": 4, "report": 5,
+    "settings": 6, "runner": 6, "runs": 6, "course": 6,
+}  # fmt: skip
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def imported(path):
+    """The modules of lib that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "lib":
+            yield from (alias.name for alias in node.names if alias.name in FLOORS)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lib."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lib."))
+
+
+def test_a_file_imports_from_its_own_floor_or_lower_ones_only():
+    files = [path for path in (ROOT / "lib").rglob("*.py") if path != ROOT / "lib" / "__init__.py"]
+    climbs = []
+    for path in files:
+        own = path.relative_to(ROOT / "lib").parts[0].removesuffix(".py")
+        climbs += [f"{own} -> {other}" for other in imported(path) if FLOORS[other] > FLOORS[own]]
+    assert len(files) > 15
+    assert climbs == []
+
+
+def test_the_floors_name_every_file():
+    files = {path.relative_to(ROOT / "lib").parts[0].removesuffix(".py") for path in (ROOT / "lib").rglob("*.py")}
+    assert files - {"__init__"} == FLOORS.keys()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_stored_stripped_short_celled_and_end_in_a_summary(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = [c for c in cells if c["cell_type"] == "code"]
+    tagged = [c for c in code if "parameters" in c["metadata"].get("tags", [])]
+    sizes = [len([line for line in "".join(c["source"]).splitlines() if line.strip()]) for c in code if c not in tagged]
+    prose = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    assert not any(c["outputs"] or c["execution_count"] for c in code)
+    assert len(tagged) == 1
+    assert max(sizes) <= 15
+    assert cells[0]["source"][0].startswith("# ")
+    assert "?" in cells[0]["source"][0]
+    for heading in ("You will see", "## What to notice", "## Try it", "not for diagnosis"):
+        assert heading in prose
+    assert "print(" in "".join(code[-1]["source"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_parameter_is_a_literal_with_a_comment(path):
+    cells = json.loads(path.read_text())["cells"]
+    (parameters,) = (c for c in cells if "parameters" in c["metadata"].get("tags", []))
+    for line in parameters["source"]:
+        assignment, _, comment = line.partition("#")
+        ast.literal_eval(assignment.partition("=")[2].strip())
+        assert len(comment.strip()) > 10
+
+
+def test_the_course_s_table_names_the_notebooks_there_are():
+    table = tomllib.loads((ROOT / "notebooks" / "course.toml").read_text())
+    assert set(table["notebooks"]) == {path.stem for path in NOTEBOOKS}
+    assert set(table["profiles"]) == {"tiny", "quick", "full"}

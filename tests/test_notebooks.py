@@ -1,0 +1,156 @@
+"""The whole course on the tiny profile, as a person starts it: figures, files, repetition, a kill in the middle."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REAL = ROOT.parent / "shared" / "data" / "brats"
+METHODS = {"ae", "ae_dense", "ae_ssim", "empty", "random", "intensity", "intensity_median", "atlas_z"}
+INTENSITY_MEDIAN = {
+    "BRATS_HG0015": 0.89, "BraTS-GLI-00000-000": 0.76, "BraTS19_2013_2_1": 0.70, "BraTS19_2013_3_1": 0.38,
+    "BraTS2021_00006": 0.98, "Brats18_2013_24_1": 0.88, "VSD_54512": 0.94, "brats_2013_pat0002_1": 0.94,
+    "brats_2013_pat0003_1": 0.96, "brats_2013_pat0004_1": 0.95, "brats_2013_pat0005_1": 0.54,
+    "brats_2013_pat0006_1": 0.96,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the course in a new folder."""
+    root = tmp_path_factory.mktemp("a fresh") / "course"
+    for name in ("lib", "notebooks"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return root
+
+
+def command(*options):
+    return [sys.executable, "-m", "lib.course", "--profile", "tiny", "--device", "cpu", *options]
+
+
+def course(tree, *options):
+    done = subprocess.run(command(*options), cwd=tree, env=clean(tree), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def clean(tree):
+    return {**os.environ, "PYTHONPATH": str(tree)}
+
+
+@pytest.fixture(scope="module")
+def whole(tree):
+    course(tree, "--run", "whole")
+    return tree / "reports" / "whole"
+
+
+def texts(folder, name):
+    cells = nbformat.read(folder / "notebooks" / f"{name}.ipynb", 4).cells
+    outputs = [o for c in cells if c.cell_type == "code" for o in c.outputs]
+    assert not any(o.output_type == "error" for o in outputs)
+    return "".join(o.get("text", "") for o in outputs), sum("image/png" in o.get("data", {}) for o in outputs)
+
+
+def test_the_report_says_what_ran(whole):
+    record = json.loads((whole / "run.json").read_text())
+    assert record["status"] == "done"
+    assert [n["status"] for n in record["notebooks"].values()] == ["done"] * 3
+    assert all(n["seconds"] > 0 and n["peak_memory_gb"] > 0 for n in record["notebooks"].values())
+    page = (whole / "index.html").read_text()
+    for word in ("intensity_median", "ae_dense", "embedded", "not for diagnosis", "torch"):
+        assert word in page
+
+
+def test_01_prepares_a_cohort_and_shows_it(whole):
+    said, pictures = texts(whole, "01_preprocessing")
+    assert "10 subjects in the layout brats" in said
+    assert "left out 0" in said
+    assert pictures >= 8
+    cohort = json.loads((whole / "cohort.json").read_text())
+    manifest = json.loads((whole.parents[1] / cohort["path"] / "manifest.json").read_text())
+    assert [s["split"] for s in manifest["subjects"]].count("test") == 6
+    assert manifest["recipe"]["size"] == 48
+    assert np.load(whole / "largest_slice.npy").shape == (256, 256)
+
+
+def test_03_trains_and_writes_models_and_maps(whole):
+    said, pictures = texts(whole, "03_conv_autoencoder")
+    assert "Trained ae, ae_dense, ae_ssim" in said
+    assert pictures >= 6
+    for name in ("ae", "ae_dense", "ae_ssim"):
+        rows = json.loads((whole / "models" / f"{name}.history.json").read_text())["rows"]
+        assert rows[-1]["train"] < rows[0]["train"]
+        assert (whole / "models" / f"{name}.safetensors").exists()
+
+
+def test_08_judges_every_method_by_the_contract(whole):
+    _, pictures = texts(whole, "08_comparison")
+    assert pictures >= 6
+    table = pd.read_csv(whole / "results.csv", keep_default_na=False, na_values=[""])
+    assert set(table.method) == METHODS
+    assert table.sort_values(["method", "level", "metric"]).index.is_monotonic_increasing
+    value = table.set_index(["method", "level", "metric"]).value
+    prevalence = value["empty", "voxel", "prevalence"]
+    assert value["empty", "voxel", "ap_pooled"] == pytest.approx(prevalence, abs=1e-3)
+    assert value["random", "voxel", "ap_pooled"] == pytest.approx(prevalence, rel=0.2)
+    assert value["intensity_median", "voxel", "ap"] > 2 * value["random", "voxel", "ap"]
+    assert value["empty", "slice", "auroc"] == 0.5
+    for method in METHODS:
+        assert value[method, "voxel", "dice"] <= value[method, "voxel", "dice_oracle"]
+
+
+def test_times_are_kept_apart_from_results(whole):
+    times = pd.read_csv(whole / "timings.csv", keep_default_na=False)
+    assert {("03_conv_autoencoder", "ae", "fit"), ("08_comparison", "atlas_z", "maps")} <= set(
+        zip(times.notebook, times.method, times.stage, strict=True)
+    )
+
+
+def test_a_second_run_gives_the_same_results_byte_for_byte(tree, whole):
+    course(tree, "--run", "again")
+    assert (tree / "reports" / "again" / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
+
+
+def test_a_run_killed_in_the_middle_of_03_resumes_to_the_same_results(tree, whole):
+    folder = tree / "reports" / "killed"
+    with subprocess.Popen(command("--run", "killed"), cwd=tree, env=clean(tree), stdout=subprocess.DEVNULL) as runner:
+        deadline = time.monotonic() + 240
+        while not (folder / "models" / "ae.checkpoint").exists():
+            assert runner.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        runner.send_signal(signal.SIGKILL)
+    assert not (folder / "results.csv").exists()
+    said = course(tree, "--run", "killed", "--resume")
+    assert "01_preprocessing" in said
+    assert (folder / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real scans of ../shared/data are not here")
+def test_real_patients_without_a_healthy_one(tree):
+    course(
+        tree, "--run", "real", "--data", str(REAL), "--modality", "FLAIR", "-p", "01.pixel_mm=2.0", "-p", "01.size=96"
+    )
+    folder = tree / "reports" / "real"
+    table = pd.read_csv(folder / "results.csv", keep_default_na=False)
+    assert table.note.str.contains("lesion-free slices of patients").all()
+    assert "lesion-free slices of patients" in (folder / "index.html").read_text()
+    probe = (
+        "from lib import cohort, evaluation; prepared = cohort.of_run('real');"
+        "print(evaluation.patients_by_precision(evaluation.test_counts('real', 'intensity_median', prepared)))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=tree, env=clean(tree), capture_output=True, text=True)
+    ranked = dict(eval(done.stdout))
+    assert len(ranked) >= 3
+    for patient, precision in ranked.items():
+        assert precision == pytest.approx(INTENSITY_MEDIAN[patient], abs=0.05), patient
