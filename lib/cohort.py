@@ -23,7 +23,7 @@ from lib.intake import LESION_FREE, Gathered, is_healthy
 from lib.preprocessing import Recipe, prepare
 from lib.progress import bar
 
-FORMAT = 1
+FORMAT = 2
 LEAST_BRAIN = 0.05  # of a slice's square; emptier slices teach nothing
 GUARD = 2  # slices between a lesion and a slice that counts as lesion-free
 OPEN_ARRAYS = 300  # each mapped array holds a file open, and a process may have 1024
@@ -40,7 +40,9 @@ def prepare_cohort(gathered: Gathered, recipe: Recipe) -> Path:
     if waiting or not (folder / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         jobs = (delayed(_prepare_subject)(s, recipe, folder) for s in waiting)
-        for _ in bar(_parallel(jobs, len(waiting)), "preparing", total=len(waiting), unit="subject"):
+        for _ in bar(
+            _parallel(jobs, len(waiting)), "preparing", total=len(waiting), unit="subject", disable=not waiting
+        ):
             pass
         manifest = json.dumps(_manifest(identity, gathered, recipe, folder), indent=1)
         volumes.write_bytes(folder / "manifest.json", manifest.encode())
@@ -130,7 +132,9 @@ class PreparedSubject:
     @cached_property
     def lesion_free(self) -> np.ndarray:
         """Slices with brain and at least GUARD slices between them and any lesion voxel, bool [slice]."""
-        near = ndimage.binary_dilation(self.lesion.any(axis=(1, 2)), iterations=GUARD)
+        touched = np.zeros(len(self.brain), bool)
+        touched[self.facts["lesion_slices"]] = True
+        near = ndimage.binary_dilation(touched, iterations=GUARD)
         return self.brain.any(axis=(1, 2)) & ~near
 
 
@@ -246,6 +250,7 @@ def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path) -> None:
         "affine": prepared.affine.tolist(),
         "scales": prepared.scales,
         "shape": prepared.brain.shape,
+        "lesion_slices": prepared.lesion_slices,
         "prepared_lesion_ml": round(float(prepared.lesion.sum() * voxel_ml), 3),
     }
     (place / "facts.json").write_text(json.dumps(facts))

@@ -1,6 +1,7 @@
 """Where scans come from: folders, their layouts, and who belongs to train, validation and test."""
 
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -131,7 +132,7 @@ def _counts(subjects: int, shares) -> list[int]:
 
 
 def _brats(folder: Path) -> tuple[list[Subject], list[str]]:
-    files = sorted(f for f in folder.rglob("*") if f.name.lower().endswith(SUFFIXES) and not f.name.startswith("."))
+    files = [f for f in _files(folder) if f.name.lower().endswith(SUFFIXES) and not f.name.startswith(".")]
     named = [(f, _BRATS_NAME.fullmatch(f.name)) for f in files]
     by_folder: dict[Path, dict[str, Path]] = {}
     for path, match in named:
@@ -142,11 +143,29 @@ def _brats(folder: Path) -> tuple[list[Subject], list[str]]:
                 raise CourseError(f"{found[what]} and {path.name} both claim to be {what}.", "Keep one of them.")
             found[what] = path
     subjects = [
-        Subject(place.resolve().name, {m: p for m, p in found.items() if m != "lesion"}, found.get("lesion"))
+        Subject(
+            Path(os.path.abspath(place)).name, {m: p for m, p in found.items() if m != "lesion"}, found.get("lesion")
+        )
         for place, found in by_folder.items()
     ]
     odd = [f.relative_to(folder).as_posix() for f, match in named if not match]
     return subjects, [f"Not understood and left alone: {_some(odd)}."] if odd else []
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder, behind links to folders too; no folder twice, so that links in a ring end."""
+    seen, files = set(), []
+    for place, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        below[:] = [] if real in seen else sorted(below)
+        files += [] if real in seen else [Path(place, name) for name in names + _odd_folders(place, below)]
+        seen.add(real)
+    return sorted(files)
+
+
+def _odd_folders(place: str, below: list[str]) -> list[str]:
+    """Folders named like scans, which the examination then refuses by name."""
+    return [name for name in below if _BRATS_NAME.fullmatch(name)]
 
 
 LAYOUTS = {"brats": _brats}
@@ -165,7 +184,11 @@ def _with_participants(folder: Path, subjects: list[Subject]) -> tuple[Subject, 
     path = folder / "participants.tsv"
     if not path.exists():
         return tuple(subjects)
-    rows = {row["participant_id"]: row for row in _table(path, "\t", ("participant_id",))}
+    listed = _table(path, "\t", ("participant_id",))
+    rows = {row["participant_id"]: row for row in listed}
+    if len(rows) < len(listed):
+        twice = Counter(row["participant_id"] for row in listed).most_common(1)[0][0]
+        raise CourseError(f"{path} has more than one row for {twice}.", "Keep one of them.")
     return tuple(
         Subject(
             s.id,

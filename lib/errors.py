@@ -8,3 +8,7 @@ class CourseError(Exception):
         super().__init__(f"{what}\n{cure}")
         self.what = what
         self.cure = cure
+
+    def __reduce__(self):
+        """So that it reaches people from a worker process as well."""
+        return type(self), (self.what, self.cure)

@@ -30,7 +30,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class SubjectCounts:
-    """One subject under one method: voxel counts by code, int64 [65 536], and scores and labels of its slices."""
+    """One subject under one method: voxel counts by code, int32 [65 536], and scores and labels of its slices."""
 
     id: str
     healthy: bool
@@ -61,7 +61,7 @@ def count_subject(
     code = codes(anomaly_map)
 
     def counted(where: np.ndarray) -> np.ndarray:
-        return np.bincount(code[where], minlength=CODES)
+        return np.bincount(code[where], minlength=CODES).astype(np.int32)
 
     seen = brain.any(axis=(1, 2))
     return SubjectCounts(
@@ -256,5 +256,5 @@ def _notes(table: pd.DataFrame, cohort: Cohort) -> list[str]:
     for row in table.itertuples():
         rival = best.loc[(row.level, row.metric)] if (row.level, row.metric) in best.index else None
         beaten = rival is not None and row.family != "baseline" and rival.value >= row.value
-        notes.append("; ".join(filter(None, [f"{rival.method} does as well" if beaten else "", material])))
+        notes.append("; ".join(filter(None, [f"{rival.method} does as well or better" if beaten else "", material])))
     return notes

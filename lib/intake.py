@@ -20,7 +20,7 @@ from lib.volumes import Volume
 HEALTHY, LESION_FREE = "healthy subjects", "lesion-free slices of patients"
 BRAIN_LITRES = (0.3, 3.0)
 LEAST_LEVELS = 16
-EXAMINATION = 2  # raised whenever records change their meaning, so that older ones are forgotten
+EXAMINATION = 3  # raised whenever records change their meaning, so that older ones are forgotten
 MOST_NEGATIVE = 0.001  # share of voxels; interpolation leaves a few
 
 
@@ -80,7 +80,8 @@ def examine(subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm:
 
     A record has `problems` (pairs of what and cure, empty for a good subject), `checksums` of the voxels by modality,
     `identity` (a checksum of all voxels and grids, the lesion mask's too), `brain_litres`, `extent_mm`, `lesion_ml`,
-    `lesion_outside_brain_ml` and `lesion_labels`. A brain longer than `side_mm` is a problem.
+    `lesion_outside_brain_ml`, `lesion_labels` and `unoriented` (files whose axes are assumed).
+    A brain longer than `side_mm` is a problem.
     Good files that have not changed since the last examination, by size and time, are not read again.
     """
     memory = _Memory()
@@ -89,7 +90,8 @@ def examine(subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm:
     jobs = (delayed(_examine_subject)(s, modalities) for s in waiting)
     workers = min(os.cpu_count() or 1, max(1, len(waiting) // 4))
     found = Parallel(n_jobs=workers, return_as="generator")(jobs)
-    for subject, record in zip(waiting, bar(found, "examining", total=len(waiting), unit="subject"), strict=True):
+    shown = bar(found, "examining", total=len(waiting), unit="subject", disable=not waiting)
+    for subject, record in zip(waiting, shown, strict=True):
         memory.records[keys[subject.id]] = record
     memory.keep()
     records = {s.id: {**memory.records[keys[s.id]]} for s in subjects}
@@ -97,22 +99,15 @@ def examine(subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm:
 
 
 def _examine_subject(subject: Subject, modalities: tuple[str, ...]) -> dict:
-    record = {
-        "problems": [],
-        "checksums": {},
-        "identity": "",
-        "brain_litres": 0.0,
-        "extent_mm": [0, 0, 0],
-        "lesion_ml": 0.0,
-        "lesion_outside_brain_ml": 0.0,
-        "lesion_labels": [],
-    }
+    record = {"problems": [], "checksums": {}, "identity": "", "brain_litres": 0.0, "extent_mm": [0, 0, 0]}
+    record |= {"lesion_ml": 0.0, "lesion_outside_brain_ml": 0.0, "lesion_labels": [], "unoriented": []}
     scans = {m: _attempt(record, subject.scans[m]) for m in modalities}
     lesion = _attempt(record, subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
     for modality, volume in scans.items():
         if volume:
             record["checksums"][modality] = volumes.checksum(volume.voxels)
             record["problems"] += _intensity_problems(subject.scans[modality], volume)
+            record["unoriented"] += [] if volume.oriented else [subject.scans[modality].name]
     if not record["problems"]:
         record["identity"] = _content([*scans.values(), lesion])
         _look_at_brain(record, subject, scans, lesion)
@@ -181,12 +176,8 @@ def _look_at_lesion(record: dict, subject: Subject, lesion: Volume, brain: np.nd
     record["lesion_ml"] = round(float(truth.sum() * lesion.millilitres), 6)
     record["lesion_outside_brain_ml"] = round(outside, 3)
     if (labels != labels.round()).any() or len(labels) > LEAST_LEVELS:
-        record["problems"].append(
-            (
-                f"{path} holds no labels but {len(labels)} values.",
-                "Give a mask of whole numbers, above 0 in the lesion.",
-            )
-        )
+        what = f"{path} holds no labels but {len(labels)} values."
+        record["problems"].append((what, "Give a mask of whole numbers, above 0 in the lesion."))
         return
     record["lesion_labels"] = [int(v) for v in labels if v]
     if truth.sum() > 0.8 * brain.sum():
@@ -253,7 +244,10 @@ def _stat(path):
 
 def _embedded(healthy: int, patients: int, voxel_mm: float, seed: int) -> Path:
     folder = ROOT / "data" / "embedded" / phantom.folder_name(healthy, patients, voxel_mm, seed)
-    return phantom.write_cohort(folder, healthy=healthy, patients=patients, voxel_mm=voxel_mm, seed=seed)
+    numbers = {"healthy": healthy, "patients": patients, "voxel_mm": voxel_mm, "seed": seed}
+    there = (folder / "participants.tsv").exists()
+    with bar(what="simulating", total=healthy + patients, unit="subject", disable=there) as shown:
+        return phantom.write_cohort(folder, **numbers, progress=lambda done, _: shown.update(done - shown.n))
 
 
 def _with_modalities(subjects, modalities) -> tuple[tuple[Subject, ...], list[dict]]:
@@ -318,5 +312,8 @@ def _notes(subjects, facts, splits, training, left_out) -> Iterator[str]:
     labels = sorted({v for s in subjects for v in facts[s.id]["lesion_labels"]})
     if labels:
         yield f"Lesion labels found: {', '.join(map(str, labels))}; any of them counts as lesion."
+    unoriented = [name for s in subjects for name in facts[s.id]["unoriented"]]
+    if unoriented:
+        yield f"No orientation in the header, taken as right, anterior, superior: {', '.join(unoriented)}."
     for one in left_out:
         yield f"Left out: {one['subject']}. {one['why']}"

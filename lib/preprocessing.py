@@ -51,7 +51,8 @@ class Prepared:
     """One subject on the prepared grid: axial slices, rows from back to front, columns from left to right.
 
     `image` float32 [modality, slice, row, column], 0 outside the brain; `brain`, `lesion` bool [slice, row, column];
-    `affine` [4, 4] from (column, row, slice) to mm in RAS+; `scales`: what each modality was divided by.
+    `affine` [4, 4] from (column, row, slice) to mm in RAS+; `scales`: what each modality was divided by;
+    `lesion_slices`: the slices that the scan's own lesion mask touches, also where it is lost on this grid.
     """
 
     image: np.ndarray
@@ -59,6 +60,7 @@ class Prepared:
     lesion: np.ndarray
     affine: np.ndarray
     scales: tuple[float, ...]
+    lesion_slices: tuple[int, ...]
 
 
 def prepare(scans: Mapping[str, Volume], lesion: Volume | None, recipe: Recipe) -> Prepared:
@@ -70,8 +72,9 @@ def prepare(scans: Mapping[str, Volume], lesion: Volume | None, recipe: Recipe) 
     volumes = [canonical(scans[m]) for m in recipe.modalities]
     inside = brain_mask([v.voxels for v in volumes])
     grid = _Grid.around(inside, volumes[0], recipe)
-    brain = grid.sample(inside.astype(np.float32)) > 0.5
-    truth = grid.sample((canonical(lesion).voxels > 0).astype(np.float32)) > 0.5 if lesion else np.zeros_like(brain)
+    brain = grid.sample_mask(inside)
+    own_truth = canonical(lesion).voxels > 0 if lesion else np.zeros_like(inside)
+    truth = grid.sample_mask(own_truth)
     images, scales = zip(
         *(NORMALISATIONS[recipe.normalisation](grid.sample(v.voxels), brain) for v in volumes), strict=True
     )
@@ -82,9 +85,10 @@ def prepare(scans: Mapping[str, Volume], lesion: Volume | None, recipe: Recipe) 
     if recipe.slices == "largest":
         most = int(brain.sum(axis=(1, 2)).argmax())
         keep = slice(most, most + 1)
-        grid = grid.shifted(most)
+        grid = grid.only(most)
         image, brain, truth = image[:, keep], brain[keep], truth[keep]
-    return Prepared(image.astype(np.float32), brain, truth & brain, grid.affine, tuple(scales))
+    touched = grid.slices_of(own_truth)
+    return Prepared(image.astype(np.float32), brain, truth & brain, grid.affine, tuple(scales), touched)
 
 
 def canonical(volume: Volume) -> Volume:
@@ -155,14 +159,25 @@ class _Grid:
         here[:3, 3] = self.start
         return self.scan_affine @ here
 
-    def shifted(self, slices: int) -> "_Grid":
-        return _Grid(self.step, self.start + self.step * (0, 0, slices), self.shape, self.scan_affine)
+    def only(self, number: int) -> "_Grid":
+        start = self.start + self.step * (0, 0, number)
+        return _Grid(self.step, start, (*self.shape[:2], 1), self.scan_affine)
 
-    def sample(self, voxels: np.ndarray) -> np.ndarray:
+    def slices_of(self, mask: np.ndarray) -> tuple[int, ...]:
+        """The slices of this grid that the slices of a mask lie on or between."""
+        exact = (np.flatnonzero(mask.any(axis=(0, 1))) - self.start[2]) / self.step[2]
+        near = np.union1d(np.floor(exact), np.ceil(exact)).astype(int)
+        return tuple(near[(near >= 0) & (near < self.shape[2])].tolist())
+
+    def sample(self, voxels: np.ndarray, shift: float = 0.0) -> np.ndarray:
         """Linear interpolation after the smoothing that coarser voxels ask for, as [slice, row, column]."""
         smooth = ndimage.gaussian_filter(voxels, np.maximum(0, (self.step - 1) / 2))
-        result = ndimage.affine_transform(smooth, self.step, self.start, self.shape, order=1)
+        result = ndimage.affine_transform(smooth, self.step, self.start + shift, self.shape, order=1)
         return np.ascontiguousarray(result.transpose(2, 1, 0))
+
+    def sample_mask(self, mask: np.ndarray) -> np.ndarray:
+        """Where at least half is mask; the shift decides for samples midway between voxels, or masks would shrink."""
+        return self.sample(mask.astype(np.float32), shift=1e-3) > 0.5
 
 
 def _by_percentile(image: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, float]:

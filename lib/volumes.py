@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import os
 import uuid
 import zlib
@@ -25,11 +26,13 @@ AGAIN = "Copy or download it again."
 class Volume:
     """Voxels of one scan with the grid they lie on.
 
-    `voxels` float32 [i, j, k]; `affine` float64 [4, 4], voxel indices to millimetres in RAS+.
+    `voxels` float32 [i, j, k]; `affine` float64 [4, 4], voxel indices to millimetres in RAS+; `oriented`: whether
+    the header says where the axes point, or the affine is only assumed.
     """
 
     voxels: np.ndarray
     affine: np.ndarray
+    oriented: bool = True
 
     @property
     def voxel_mm(self) -> np.ndarray:
@@ -60,7 +63,7 @@ def read(path: Path, *, constant_allowed: bool = False) -> Volume:
             f"{path} is truncated: its header promises more voxels than the file holds.", AGAIN
         ) from error
     _check_voxels(path, voxels, constant_allowed)
-    return Volume(voxels, image.affine)
+    return Volume(voxels, image.affine, bool(image.header["sform_code"] or image.header["qform_code"]))
 
 
 def write(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
@@ -128,7 +131,10 @@ def _read_bytes(path: Path) -> bytes:
 def _parse(path: Path, content: bytes) -> nibabel.Nifti1Image:
     for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
         try:
-            return kind.from_bytes(content)
+            image = kind.from_bytes(content)
+            if np.isinf(kind.header_class.from_fileobj(io.BytesIO(content))["scl_slope"]):  # nibabel takes it for 1
+                raise CourseError(f"{path} scales its voxels by infinity.", "Repair the header's scl_slope.")
+            return image
         except (ImageFileError, WrapStructError, HeaderDataError, ValueError, OverflowError, KeyError, OSError):
             continue
     raise CourseError(f"{path} is not a NIfTI image.", "Convert the scan to NIfTI, or copy it again.")

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-import lib.cohort
-import lib.intake
-from lib import volumes
+from lib import cohort, intake, volumes  # noqa: F401 (course_root needs them loaded)
 
 SEMI_AXES_MM = np.array([65.0, 80.0, 60.0])  # an ellipsoid of 1.3 litres
 MODALITIES = ("FLAIR", "T1", "T2")
@@ -44,7 +42,7 @@ def _write_subject(folder, seed=0, modalities=("FLAIR",), radius_mm=15.0, mask=T
 
 @pytest.fixture(scope="session")
 def write_subject():
-    """`write_subject(folder, seed, modalities, radius_mm, mask, voxel_mm)` writes one subject and returns its folder."""
+    """`write_subject(folder, seed, modalities, radius_mm, mask, voxel_mm)` writes a subject and returns its folder."""
     return _write_subject
 
 

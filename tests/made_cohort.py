@@ -47,4 +47,6 @@ def _subject(folder, random, split, healthy, modalities):
         "healthy": healthy,
         "affine": np.diag([2, 2, 2, 1]).tolist(),
         "scales": [1.0],
+        "shape": brain.shape,
+        "lesion_slices": np.flatnonzero(lesion.any(axis=(1, 2))).tolist(),
     }
