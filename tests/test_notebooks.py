@@ -78,7 +78,8 @@ def test_01_prepares_a_cohort_and_shows_it(whole):
     assert pictures >= 8
     cohort = json.loads((whole / "cohort.json").read_text())
     manifest = json.loads((whole.parents[1] / cohort["path"] / "manifest.json").read_text())
-    assert [s["split"] for s in manifest["subjects"]].count("test") == 6
+    assert {s["split"] for s in manifest["subjects"] if s["healthy"]} == {"train", "validation", "test"}
+    assert {s["split"] for s in manifest["subjects"] if not s["healthy"]} == {"test"}
     assert manifest["recipe"]["size"] == 48
     assert np.load(whole / "largest_slice.npy").shape == (256, 256)
 
