@@ -7,12 +7,14 @@ import torch
 from scipy import ndimage
 
 from lib.cohort import Cohort, PreparedSubject
-from lib.models.detector import Detector
+from lib.models.detector import Detector, residual
 from lib.training import History, derived_seed
 
 MEDIAN_EDGE = 5  # voxels
 ATLAS_SHAPE = (48, 64, 56)  # slices, rows, columns of the box that every brain is scaled to
 ATLAS_SMOOTHING = 1.0  # standard deviation in voxels of that box
+BLUR = 3.0  # standard deviation in pixels
+SLICE_LABELS = ("brain_area", "slice_index")  # baselines that score slices and mark no voxel
 PRIOR_WEIGHT = 4  # how many subjects the overall spread counts for in every voxel's spread
 
 
@@ -43,6 +45,33 @@ class IntensityMedian(Intensity):
 
     def maps(self, subject: PreparedSubject) -> np.ndarray:
         return ndimage.median_filter(super().maps(subject), MEDIAN_EDGE) * subject.brain
+
+
+class Blur(Detector):
+    """What a scan has beyond its own blur, on the side where lesions lie: the residual of an autoencoder that can only
+    blur."""
+
+    def maps(self, subject: PreparedSubject) -> np.ndarray:
+        image = subject.image.astype(np.float32)
+        blurred = ndimage.gaussian_filter(image, (0, 0, BLUR, BLUR))
+        pair = (torch.from_numpy(one.swapaxes(0, 1).copy()) for one in (image, blurred))
+        return residual(*pair, self.modalities, "signed").numpy() * subject.brain
+
+
+class BrainArea(Empty):
+    """A slice's score is its brain area in pixels: large slices more often hold a lesion."""
+
+    def slice_scores(self, subject: PreparedSubject, maps: np.ndarray) -> np.ndarray:
+        return np.sum(subject.brain, axis=(1, 2), dtype=np.float32)
+
+
+class SliceIndex(Empty):
+    """A slice's score is its closeness to the middle of the brain, 0 at the ends to 1."""
+
+    def slice_scores(self, subject: PreparedSubject, maps: np.ndarray) -> np.ndarray:
+        seen = np.flatnonzero(np.any(subject.brain, axis=(1, 2)))
+        middle, half = (seen[0] + seen[-1]) / 2, max((seen[-1] - seen[0]) / 2, 1)
+        return np.maximum(1 - np.abs(np.arange(len(maps)) - middle) / half, 0).astype(np.float32)
 
 
 class AtlasZ(Detector):

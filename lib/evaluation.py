@@ -1,136 +1,141 @@
 """Maps × truth → figures with intervals. Only maps are judged, and every figure comes from counts by score value.
 
-A float16 map has at most 65 536 values, so the numbers of lesion and of other voxels at each value hold all that a
-voxel metric needs, exactly. Counts add over patients.
+A subject is read once, reduced to counts, and forgotten; each post-processing step has thresholds of its own, frozen
+on the healthy material of validation. `patients.csv` keeps what was found of every subject, `results.csv` the figures.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
 
-from lib import models, run_folder, scoring
+from lib import judging, metrics, models, postprocessing, run_folder, scoring
+from lib.baselines import SLICE_LABELS
 from lib.cohort import Cohort, PreparedSubject
+from lib.errors import CourseError
 from lib.intake import LESION_FREE
-from lib.training import derived_seed
+from lib.judging import PROMISED_ALARMS, Frozen, Judged
+from lib.metrics import (
+    CODES,
+    PROMISED_FPR,
+    SubjectCounts,
+    auroc,
+    average_precision,
+    bootstrap,
+    codes,
+    resampled,
+    value_of,
+)
 from lib.volumes import write_bytes
 
-CODES = 2**16
-PROMISED_FPR = 0.01  # share of healthy validation voxels above the frozen threshold
 PROMISED_SLICE_FPR = 0.05  # share of healthy validation slices above the slice threshold
-RESAMPLES = 1000
-INTERVAL = (2.5, 97.5)  # percentiles
-CHUNK = 50  # resamples held in memory at a time
+FEWEST = 2  # patients in a stratum
+TIE = 0.01  # smaller differences of a patient are a draw
 COLUMNS = [
     "method", "family", "modality", "postprocess", "stratum", "level", "metric",
     "value", "low", "high", "n", "seed", "note",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SubjectCounts:
-    """One subject under one method: voxel counts by code, int32 [65 536], and scores and labels of its slices."""
-
-    id: str
-    healthy: bool
-    lesion: np.ndarray
-    other: np.ndarray
-    healthy_material: np.ndarray
-    slice_scores: np.ndarray
-    slice_labels: np.ndarray
-
-
-def codes(anomaly_map: np.ndarray) -> np.ndarray:
-    """Order-preserving integers of float16 values: uint16, larger is more anomalous; −0 is 0."""
-    bits = (anomaly_map.astype(np.float16) + np.float16(0)).view(np.uint16)
-    return np.where(bits & 0x8000, ~bits, bits | 0x8000)
-
-
-def value_of(code: int) -> float:
-    """The float16 value of a code."""
-    bits = np.uint16(code & 0x7FFF) if code & 0x8000 else ~np.uint16(code)
-    return float(np.array(bits, np.uint16).view(np.float16))
-
-
-def count_subject(
-    anomaly_map: np.ndarray, slice_scores: np.ndarray, subject: PreparedSubject, healthy: np.ndarray
-) -> SubjectCounts:
-    """Counts inside the brain; `healthy` bool [slice] says which slices count as healthy material."""
-    brain, lesion = np.asarray(subject.brain), np.asarray(subject.lesion)
-    code = codes(anomaly_map)
-
-    def counted(where: np.ndarray) -> np.ndarray:
-        return np.bincount(code[where], minlength=CODES).astype(np.int32)
-
-    seen = brain.any(axis=(1, 2))
-    return SubjectCounts(
-        subject.id, subject.healthy, counted(brain & lesion), counted(brain & ~lesion),
-        counted(brain & healthy[:, None, None]), slice_scores[seen], lesion.any(axis=(1, 2))[seen],
-    )  # fmt: skip
-
-
-def average_precision(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """Σ (Rₖ − Rₖ₋₁) Pₖ over distinct values, without interpolation, as scikit-learn has it.
-
-    Counts or weights by ascending value, [..., value]; a figure in [0, 1] for each leading index, NaN for no positive.
-    """
-    hits, alarms = _above(positive), _above(negative)
-    precision = np.divide(hits, hits + alarms, out=np.zeros_like(hits), where=hits + alarms > 0)
-    return _ratio((positive * precision).sum(axis=-1), positive.sum(axis=-1))
-
-
-def auroc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """Chance that a positive has the higher value, ties counted half: [..., value] → [...], NaN for an empty class."""
-    below = np.cumsum(negative, axis=-1) - negative / 2
-    return _ratio((positive * below).sum(axis=-1), positive.sum(axis=-1) * negative.sum(axis=-1))
-
-
-def dice_curve(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """Dice of `value ≥ threshold` at each value as the threshold, [..., value]; NaN without positives."""
-    hits = _above(positive)
-    return _ratio(2 * hits, hits + _above(negative) + positive.sum(axis=-1, keepdims=True))
-
-
-def threshold_code(healthy: np.ndarray, rate: float = PROMISED_FPR) -> int:
-    """The lowest code that at most `rate` of the healthy voxels reach; 65 536 where none is so low."""
-    above = np.cumsum(healthy[::-1])[::-1]
-    allowed = np.flatnonzero(above <= rate * healthy.sum())
-    return int(allowed[0]) if len(allowed) else CODES
-
-
-def dice_at(subject: SubjectCounts, code: int) -> float:
-    """Dice of the voxels that reach a frozen threshold; NaN without lesion."""
-    hits, alarms, size = subject.lesion[code:].sum(), subject.other[code:].sum(), subject.lesion.sum()
-    return float(2 * hits / (hits + alarms + size)) if size else float("nan")
+MEANS = {  # over the subjects that have the figure
+    ("voxel", "ap"): "ap",
+    ("voxel", "dice"): "dice",
+    ("voxel", "dice_conformal"): "dice_conformal",
+    ("voxel", "sensitivity_at_fpr1"): "sensitivity_at_fpr1",
+    ("voxel", "sensitivity_at_fpr5"): "sensitivity_at_fpr5",
+    ("lesion", "false_positives_per_volume"): "false_positives",
+    ("scan", "false_alarms_seen"): "false_alarm",
+}
+SHARES = {  # of the sums over subjects
+    ("voxel", "prevalence"): ("lesion_voxels", "brain_voxels"),
+    ("voxel", "fpr_seen"): ("healthy_called", "healthy_voxels"),
+    ("voxel", "lesion_lost"): ("lesion_lost", "lesion_voxels"),
+    ("lesion", "lesion_recall"): ("lesions_found", "lesions"),
+}
+IN_STRATA = {"ap", "dice", "dice_oracle", "sensitivity_at_fpr1", "sensitivity_at_fpr5", "lesion_recall",
+             "false_positives_per_volume"}  # fmt: skip
+ONLY_RAW = {"prevalence", "dice_conformal", "false_alarms_promised", "false_alarms_seen", "auroc"}
+OF_DETECTIONS = {"dice", "sensitivity_at_fpr1", "fpr_promised", "fpr_seen", "lesion_lost", "lesion_recall",
+                 "false_positives_per_volume"}  # fmt: skip
+RIVALLED = ["ap", "ap_pooled", "auroc", "dice", "froc", "lesion_recall", "sensitivity_at_fpr1", "sensitivity_at_fpr5"]
 
 
 def evaluate(run: str, cohort: Cohort, seed: int = 0) -> pd.DataFrame:
-    """Judge every method that has maps in this run, and write `results.csv`: sorted, fixed decimals, byte for byte
-    equal for equal maps. Columns as in COLUMNS; `low` and `high` are a 95 % bootstrap over patients."""
-    rows = [row for method in scoring.methods(run) for row in _evaluate_method(run, method, cohort, seed)]
-    table = pd.DataFrame(rows, columns=COLUMNS).sort_values(["method", "level", "metric"], ignore_index=True)
+    """Judge every method that has maps in this run, and write `results.csv` and `patients.csv`: sorted, fixed
+    decimals, byte for byte equal for equal maps. Columns as in COLUMNS; `low` and `high` are a 95 % bootstrap over
+    patients. Raises CourseError where a subject, or a scan, stands in two splits."""
+    _refuse_leaks(cohort)
+    rows, records = [], []
+    for method in scoring.methods(run):
+        of_method, of_patients = _evaluate_method(run, method, cohort, seed)
+        rows, records = rows + of_method, records + of_patients
+    order = ["method", "postprocess", "stratum", "level", "metric"]
+    table = pd.DataFrame(rows, columns=COLUMNS).sort_values(order, ignore_index=True)
     table["note"] = _notes(table, cohort)
-    write_bytes(
-        run_folder(run) / "results.csv", table.to_csv(index=False, float_format="%.4f", lineterminator="\n").encode()
-    )
+    _write(run, "results.csv", table, "%.4f")
+    _write(run, "patients.csv", pd.DataFrame(records), "%.6f")
     return table
 
 
+def patients(run: str, cohort: Cohort) -> pd.DataFrame:
+    """What `evaluate` found of every test subject, by method and step: a row of `patients.csv` each.
+
+    Raises CourseError where this run was not evaluated on this cohort.
+    """
+    path = run_folder(run) / "patients.csv"
+    try:
+        table = pd.read_csv(path, dtype={"patient": str, "site": str, "kind": str}, keep_default_na=False,
+                            na_values={c: [""] for c in (*MEANS.values(), "scan_score")})  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise CourseError(f"{path} is missing or damaged.", "Run 08_comparison of this run first.") from error
+    if set(table.patient) != {s.id for s in cohort.split("test")}:
+        raise CourseError(f"{path} is of another cohort.", "Run 08_comparison of this run again.")
+    return table
+
+
+def paired_differences(run: str, cohort: Cohort, metric: str = "ap", seed: int = 0) -> pd.DataFrame:
+    """Each method against each one below it: mean difference over patients of a figure in `patients.csv` ("ap",
+    "dice", "sensitivity_at_fpr1", "sensitivity_at_fpr5"), its 95 % interval over the same resampled patients for
+    every pair, and patients won, drawn (within 0.01) and lost.
+
+    Columns method_a, method_b, difference, low, high, wins, ties, losses, n; method_a has the higher mean.
+    """
+    table = patients(run, cohort)
+    wide = table[table.postprocess == "none"].pivot(index="patient", columns="method", values=metric).dropna()
+    ranked = wide.mean().sort_values(ascending=False, kind="stable").index
+    weights = resampled(len(wide), seed) if len(wide) else None
+    rows = []
+    for a, b in combinations(ranked, 2) if len(wide) else ():
+        gap = (wide[a] - wide[b]).to_numpy()
+        difference, low, high = bootstrap(lambda w, gap=gap: w @ gap / len(gap), weights)
+        wins, losses = int((gap > TIE).sum()), int((gap < -TIE).sum())
+        rows.append((a, b, difference, low, high, wins, len(gap) - wins - losses, losses, len(gap)))
+    columns = ["method_a", "method_b", "difference", "low", "high", "wins", "ties", "losses", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def who_beats_whom(differences: pd.DataFrame) -> pd.DataFrame:
+    """Methods × methods: 1 where the row beats the column (the interval of the difference excludes 0), −1 where it
+    is beaten, 0 where these patients cannot tell."""
+    names = list(dict.fromkeys([*differences.method_a, *differences.method_b]))
+    matrix = pd.DataFrame(0, index=names, columns=names)
+    for row in differences.itertuples():
+        verdict = int(row.low > 0) - int(row.high < 0)
+        matrix.loc[row.method_a, row.method_b], matrix.loc[row.method_b, row.method_a] = verdict, -verdict
+    return matrix
+
+
 def test_counts(run: str, method: str, cohort: Cohort) -> list[SubjectCounts]:
-    """Counts of every test subject under a method."""
-    return [_counted(run, method, s, cohort) for s in cohort.split("test")]
+    """Counts of every test subject under a method, in the order of their names."""
+    return [judging.count(read()) for read in judging.tested(run, method, cohort)]
 
 
 def frozen_threshold(run: str, method: str, cohort: Cohort) -> int:
     """The code of the threshold that the healthy material of validation fixes."""
-    counts = [_counted(run, method, s, cohort).healthy_material for s, _ in cohort.healthy_material("validation")]
-    return threshold_code(np.sum(counts, axis=0))
+    return judging.freeze(run, method, cohort, ("none",))["none"].code
 
 
 def patients_by_precision(subjects: list[SubjectCounts]) -> list[tuple[str, float]]:
     """Identity and average precision of each test patient, the lowest first."""
-    found = [(s.id, float(average_precision(s.lesion, s.other))) for s in subjects if s.lesion.any()]
+    found = [(s.id, float(average_precision(s.lesion, s.other))) for s in subjects if s.lesion_voxels]
     return sorted(found, key=lambda pair: pair[1])
 
 
@@ -150,111 +155,178 @@ def slice_confusion(run: str, method: str, cohort: Cohort) -> np.ndarray:
     return np.bincount(2 * truth + called, minlength=4).reshape(2, 2)
 
 
-def _counted(run: str, method: str, subject: PreparedSubject, cohort: Cohort) -> SubjectCounts:
-    anomaly_map, slice_scores = scoring.read_map(run, method, subject, cohort)
-    usable = subject.lesion_free & (subject.healthy or cohort.training == LESION_FREE)
-    return count_subject(anomaly_map, slice_scores, subject, usable)
+def steps_of(method: str) -> tuple[str, ...]:
+    """The post-processing steps that a method is judged with."""
+    if method in ("empty", *SLICE_LABELS):
+        return ("none",)
+    return tuple(s for s in postprocessing.STEPS if (method, s) != ("intensity_median", "median"))
 
 
-def _evaluate_method(run: str, method: str, cohort: Cohort, seed: int) -> list[dict]:
-    subjects = test_counts(run, method, cohort)
-    code = frozen_threshold(run, method, cohort)
-    random = np.random.default_rng(derived_seed(seed, "bootstrap"))
-    figures = {
-        **_voxel_figures(subjects, code, random),
-        **_slice_figures(subjects, random),
-        **_healthy_figures(subjects, code, random),
+def _refuse_leaks(cohort: Cohort) -> None:
+    """Whatever stands on both sides of a split makes every figure worthless."""
+    seen: dict[str, PreparedSubject] = {}
+    for subject in cohort.subjects:
+        for mark in (subject.id, *subject.facts.get("checksums", {}).values()):
+            other = seen.setdefault(mark, subject)
+            if other.split != subject.split:
+                raise CourseError(
+                    f"The same scan is in two splits: {other.id} in {other.split} and {subject.id} in {subject.split}.",
+                    "Remove the duplicate, or put both into one split, and run 01_preprocessing again.",
+                )
+
+
+def _evaluate_method(run: str, method: str, cohort: Cohort, seed: int) -> tuple[list[dict], list[dict]]:
+    """Rows of `results.csv` and of `patients.csv`."""
+    shared = {"method": method, "family": models.family(method), "modality": "+".join(cohort.modalities), "seed": seed}
+    if method in SLICE_LABELS:
+        figures = _slice_figures(test_counts(run, method, cohort), seed)
+        return _rows(figures, shared | {"postprocess": "none", "stratum": "all"}), []
+    frozen = judging.freeze(run, method, cohort, steps_of(method))
+    judged = judging.judge_all(method, judging.tested(run, method, cohort), frozen)
+    rows, records = [], []
+    for step, limits in frozen.items():
+        subjects = [one[step] for one in judged]
+        records += [one.record for one in subjects]
+        rows += _rows(_figures(subjects, limits, step, seed), shared | {"postprocess": step, "stratum": "all"})
+        for name, members in _strata(subjects).items() if step == "none" else ():
+            few = {key: figure for key, figure in _voxel_figures(members, seed).items() if key[1] in IN_STRATA}
+            rows += _rows(few, shared | {"postprocess": step, "stratum": name})
+    return rows, records
+
+
+def _figures(subjects: list[Judged], limits: Frozen, step: str, seed: int) -> dict:
+    """All figures of a step: (level, metric) → value, low, high, n, and a note where there is one."""
+    figures = _voxel_figures(subjects, seed) | _promises(subjects, limits)
+    if step == "none":
+        figures |= _slice_figures([s.counts for s in subjects], seed) | _scan_figures(subjects, seed)
+        figures |= {("lesion", "froc"): _froc(subjects, seed)} if figures.get(("voxel", "ap")) else {}
+        return {key: figure for key, figure in figures.items() if key[1] != "lesion_lost"}
+    kept = OF_DETECTIONS if step == "components" else {metric for _, metric in figures} - ONLY_RAW
+    return {key: figure for key, figure in figures.items() if key[1] in kept}
+
+
+def _voxel_figures(subjects: list[Judged], seed: int) -> dict:
+    table = pd.DataFrame([s.record for s in subjects])
+    figures = {key: _mean(table[column], seed) for key, column in MEANS.items()}
+    figures |= {key: _share(table[part], table[whole], seed) for key, (part, whole) in SHARES.items()}
+    sick = [s.counts for s in subjects if s.counts.lesion_voxels]
+    if sick:
+        weights = resampled(len(sick), seed)
+        figures["voxel", "ap_pooled"] = (*metrics.pooled_precision(sick, weights), len(sick))
+        figures["voxel", "dice_oracle"] = (*metrics.oracle_dice(sick, weights), len(sick))
+    return {key: figure for key, figure in figures.items() if figure}
+
+
+def _mean(column: pd.Series, seed: int) -> tuple | None:
+    values = column.dropna().to_numpy(float)
+    if not len(values):
+        return None
+    return *bootstrap(lambda w: w @ values / len(values), resampled(len(values), seed)), len(values)
+
+
+def _share(part: pd.Series, whole: pd.Series, seed: int) -> tuple | None:
+    parts, wholes = part[whole > 0].to_numpy(float), whole[whole > 0].to_numpy(float)
+    if not len(parts):
+        return None
+    return *bootstrap(lambda w: (w @ parts) / (w @ wholes), resampled(len(parts), seed)), len(parts)
+
+
+def _promises(subjects: list[Judged], limits: Frozen) -> dict:
+    """What the thresholds promise, without interval; in words where there are too few healthy scans for it."""
+    tested = sum(s.record["healthy_voxels"] > 0 for s in subjects)
+    few = limits.promise > PROMISED_ALARMS
+    note = f"{limits.scans} healthy validation scans cannot promise {100 * PROMISED_ALARMS:.0f} % of false alarms: " \
+           f"the smallest promise they support is {100 * limits.promise:.1f} %" if few else ""  # fmt: skip
+    return {
+        ("voxel", "fpr_promised"): (PROMISED_FPR, np.nan, np.nan, tested),
+        ("scan", "false_alarms_promised"): (limits.promise, np.nan, np.nan, tested, note),
     }
-    shared = {"method": method, "family": models.family(method), "modality": "+".join(cohort.modalities),
-              "postprocess": "none", "stratum": "all", "seed": seed}  # fmt: skip
-    return [{**shared, "level": level, "metric": metric, "value": value, "low": low, "high": high, "n": n}
-            for (level, metric), (value, low, high, n) in figures.items()]  # fmt: skip
 
 
-def _voxel_figures(subjects: list[SubjectCounts], code: int, random: np.random.Generator) -> dict:
-    patients = [s for s in subjects if s.lesion.any()]
-    if not patients:
-        return {}
-    lesion, other = _used(np.stack([s.lesion for s in patients]), np.stack([s.other for s in patients]))
-    weights = _resampled(len(patients), random)
-    curves = dice_curve(lesion, other)
-    figures = {
-        "ap": _bootstrap(lambda w: w @ average_precision(lesion, other) / len(patients), weights),
-        "ap_pooled": _bootstrap(lambda w: average_precision(w @ lesion, w @ other), weights),
-        "dice": _bootstrap(lambda w: w @ np.array([dice_at(s, code) for s in patients]) / len(patients), weights),
-        "dice_oracle": _bootstrap(lambda w: (w @ curves).max(axis=-1) / len(patients), weights),
-        "prevalence": _bootstrap(lambda w: (w @ lesion).sum(axis=-1) / (w @ (lesion + other)).sum(axis=-1), weights),
-    }
-    return {("voxel", metric): (*figure, len(patients)) for metric, figure in figures.items()}
+def _froc(subjects: list[Judged], seed: int) -> tuple:
+    """Recall over all lesions against false components over all scans, healthy ones too."""
+    found, false = np.stack([s.curve for s in subjects]).transpose(2, 0, 1).astype(float)
+    lesions = np.array([s.record["lesions"] for s in subjects], float)
+
+    def figure(w: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            recall = (w @ found) / (w @ lesions)[:, None]
+        return np.array([metrics.froc(*pair) for pair in zip(recall, w @ false / len(subjects), strict=True)])
+
+    return *bootstrap(figure, resampled(len(subjects), seed)), len(subjects)
 
 
-def _slice_figures(subjects: list[SubjectCounts], random: np.random.Generator) -> dict:
+def _slice_figures(subjects: list[SubjectCounts], seed: int) -> dict:
     values, place = np.unique(np.concatenate([s.slice_scores for s in subjects]), return_inverse=True)
     parts = np.split(place, np.cumsum([len(s.slice_scores) for s in subjects])[:-1])
     pairs = list(zip(subjects, parts, strict=True))
     sick = np.stack([np.bincount(p[s.slice_labels], minlength=len(values)) for s, p in pairs]).astype(float)
     well = np.stack([np.bincount(p[~s.slice_labels], minlength=len(values)) for s, p in pairs]).astype(float)
+    return _ranked("slice", sick, well, resampled(len(subjects), seed))
+
+
+def _scan_figures(subjects: list[Judged], seed: int) -> dict:
+    """Patients against healthy subjects, each resampled among their own."""
+    ordered = sorted(subjects, key=lambda s: s.counts.healthy)
+    values, place = np.unique([s.record["scan_score"] for s in ordered], return_inverse=True)
+    well = np.array([s.counts.healthy for s in ordered])
+    scores = np.eye(len(values))[place]
+    groups = [resampled(n, seed) for n in ((~well).sum(), well.sum()) if n]
+    return _ranked("scan", scores * ~well[:, None], scores * well[:, None], np.hstack(groups))
+
+
+def _ranked(level: str, sick: np.ndarray, well: np.ndarray, weights: np.ndarray) -> dict:
     if not sick.any() or not well.any():
         return {}
-    weights = _resampled(len(subjects), random)
-    figures = {
-        "auroc": _bootstrap(lambda w: auroc(w @ sick, w @ well), weights),
-        "ap": _bootstrap(lambda w: average_precision(w @ sick, w @ well), weights),
+    return {
+        (level, "auroc"): (*bootstrap(lambda w: auroc(w @ sick, w @ well), weights), len(sick)),
+        (level, "ap"): (*bootstrap(lambda w: average_precision(w @ sick, w @ well), weights), len(sick)),
     }
-    return {("slice", metric): (*figure, len(subjects)) for metric, figure in figures.items()}
 
 
-def _healthy_figures(subjects: list[SubjectCounts], code: int, random: np.random.Generator) -> dict:
-    """The false-positive rate that the threshold promises, and the one seen on the healthy material of test."""
-    tested = [s for s in subjects if s.healthy_material.any()]
-    promised = {("voxel", "fpr_promised"): (PROMISED_FPR, np.nan, np.nan, len(tested))}
-    if not tested:
-        return promised
-    above = np.array([s.healthy_material[code:].sum() for s in tested])
-    total = np.array([s.healthy_material.sum() for s in tested])
-    seen = _bootstrap(lambda w: (w @ above) / (w @ total), _resampled(len(tested), random))
-    return promised | {("voxel", "fpr_seen"): (*seen, len(tested))}
+def _strata(subjects: list[Judged]) -> dict[str, list[Judged]]:
+    """Patients by lesion load in thirds, by lesion kind and by site, where a group has at least two."""
+    sick = sorted((s for s in subjects if s.counts.lesion_voxels), key=lambda s: s.record["lesion_ml"])
+    names = ("load:small", "load:medium", "load:large")
+    found = {name: list(map(sick.__getitem__, part)) for name, part in zip(names, _thirds(len(sick)), strict=True)}
+    for facet in ("kind", "site"):
+        for value in sorted({s.record[facet] for s in sick} - {"", "n/a"}):
+            found[f"{facet}:{value}"] = [s for s in sick if s.record[facet] == value]
+    return {name: members for name, members in found.items() if len(members) >= FEWEST}
 
 
-def _bootstrap(figure: Callable[[np.ndarray], np.ndarray], weights: np.ndarray) -> tuple[float, float, float]:
-    """The figure with every subject once, and the 95 % percentile interval over resampled subjects.
-
-    `figure` takes weights [resample, subject] to [resample].
-    """
-    value = float(figure(np.ones((1, weights.shape[1])))[0])
-    drawn = np.concatenate([figure(weights[i : i + CHUNK]) for i in range(0, len(weights), CHUNK)])
-    low, high = np.nanpercentile(drawn, INTERVAL)
-    return value, float(low), float(high)
+def _thirds(number: int) -> list[np.ndarray]:
+    return np.array_split(np.arange(number), 3)
 
 
-def _resampled(subjects: int, random: np.random.Generator) -> np.ndarray:
-    """How often each subject is drawn, [resample, subject]."""
-    return random.multinomial(subjects, np.full(subjects, 1 / subjects), RESAMPLES).astype(float)
+def _rows(figures: dict, shared: dict) -> list[dict]:
+    named = ("value", "low", "high", "n", "note")
+    return [shared | {"level": level, "metric": metric, **dict(zip(named, figure, strict=False))}
+            for (level, metric), figure in figures.items()]  # fmt: skip
 
 
-def _used(*counts: np.ndarray) -> list[np.ndarray]:
-    """Only the values that occur."""
-    occurring = np.any([c.any(axis=0) for c in counts], axis=0)
-    return [c[:, occurring].astype(float) for c in counts]
-
-
-def _above(counts: np.ndarray) -> np.ndarray:
-    return np.cumsum(counts[..., ::-1], axis=-1)[..., ::-1].astype(float)
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    part, whole = np.broadcast_arrays(np.asarray(part, float), np.asarray(whole, float))
-    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
+def _write(run: str, name: str, table: pd.DataFrame, decimals: str) -> None:
+    write_bytes(run_folder(run) / name, table.to_csv(index=False, float_format=decimals, lineterminator="\n").encode())
 
 
 def _notes(table: pd.DataFrame, cohort: Cohort) -> list[str]:
-    """Where a trivial baseline does as well as a model, its name; and what the healthy material was."""
+    """Where a trivial baseline does as well as a model, its name; what cannot be promised; and what the healthy
+    material was."""
     material = f"healthy material: {cohort.training}" if cohort.training == LESION_FREE else ""
-    judged = table[(table.family == "baseline") & table.metric.isin(["ap", "ap_pooled", "auroc", "dice"])]
-    best = judged.sort_values("value").groupby(["level", "metric"]).tail(1).set_index(["level", "metric"])
+    same = ["postprocess", "stratum", "level", "metric"]
+    judged = table[(table.family == "baseline") & table.metric.isin(RIVALLED)]
+    best = judged.sort_values("value", kind="stable").groupby(same).tail(1).set_index(same)
+    rivals = {key: (row.method, row.value) for key, row in zip(best.index, best.itertuples(), strict=True)}
     notes = []
     for row in table.itertuples():
-        rival = best.loc[(row.level, row.metric)] if (row.level, row.metric) in best.index else None
-        beaten = rival is not None and row.family != "baseline" and rival.value >= row.value
-        notes.append("; ".join(filter(None, [f"{rival.method} does as well or better" if beaten else "", material])))
+        rival, value = rivals.get(tuple(getattr(row, name) for name in same), ("", -np.inf))
+        beaten = row.family != "baseline" and value >= row.value
+        said = row.note if isinstance(row.note, str) else ""
+        notes.append("; ".join(filter(None, [said, f"{rival} does as well or better" if beaten else "", material])))
     return notes
+
+
+__all__ = [
+    "CODES", "COLUMNS", "PROMISED_FPR", "SubjectCounts", "codes", "evaluate", "frozen_threshold", "paired_differences",
+    "patients", "patients_by_precision", "slice_confusion", "steps_of", "test_counts", "value_of", "who_beats_whom",
+]  # fmt: skip

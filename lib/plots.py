@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from lib import evaluation
+from lib import evaluation, metrics
 from lib.cohort import PreparedSubject
 from lib.models.detector import SliceDetector
 
@@ -21,6 +23,8 @@ plt.rcParams.update({
 
 TRUTH, FOUND = "#00b3a4", "#ff9f1c"
 MAP_COLOURS = "inferno"
+BARS = ("#00b3a4", "#9aa5b1", "#ff9f1c")
+BAND_RESAMPLES = 300
 
 
 def slices(images: Sequence[np.ndarray], titles: Sequence[str], *, unit: str = "", columns: int = 6, limits=(0, 1.2),
@@ -163,3 +167,153 @@ def confusion(axis: Axes, table: np.ndarray) -> None:
     axis.set(
         xticks=[0, 1], xticklabels=["called healthy", "called ill"], yticks=[0, 1], yticklabels=["no lesion", "lesion"]
     )
+
+
+def forest(differences: pd.DataFrame, unit: str) -> Figure:
+    """Paired differences with their 95 % intervals, a line a pair; those whose interval holds 0 are grey: a tie.
+
+    Columns `method_a`, `method_b`, `difference`, `low`, `high`, as `evaluation.paired_differences` returns.
+    """
+    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.26 * len(differences)), layout="constrained")
+    for place, row in enumerate(differences.itertuples()):
+        colour = "grey" if row.low <= 0 <= row.high else TRUTH
+        axis.plot([row.low, row.high], [place, place], color=colour)
+        axis.plot(row.difference, place, "o", color=colour, markersize=4)
+    axis.axvline(0, color="grey", linestyle=":")
+    pairs = differences.method_a + " − " + differences.method_b
+    axis.set(yticks=range(len(pairs)), yticklabels=pairs, xlabel=f"difference in {unit}, 95 % interval over patients")
+    axis.set_ylim(len(pairs) - 0.5, -0.5)
+    return figure
+
+
+def curve_bands(counts: Mapping[str, Sequence[metrics.SubjectCounts]], seed: int = 0) -> Figure:
+    """`curves` with bands that hold 95 % of the curves of resampled test subjects."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    grid = np.linspace(0, 1, 201)
+    for method, subjects in counts.items():
+        lesion, other = metrics.coarse(subjects)
+        weights = metrics.resampled(len(subjects), seed)[:BAND_RESAMPLES]
+        for axis, curve in zip(axes, (_precision, _recall), strict=True):
+            drawn = [curve(w @ lesion, w @ other, grid) for w in weights if (w @ lesion).any()]
+            (line,) = axis.plot(grid, curve(lesion.sum(axis=0), other.sum(axis=0), grid), label=method)
+            low, high = np.percentile(drawn, metrics.INTERVAL, axis=0)
+            axis.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes[0].axhline(lesion.sum() / (lesion.sum() + other.sum()), color="grey", linestyle=":", label="chance")
+    axes[1].plot([0, 1], [0, 1], color="grey", linestyle=":")
+    axes[0].set(xlabel="recall (share of lesion voxels found)", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes[1].set(xlabel="false-positive rate inside the brain", ylabel="recall", xlim=(0, 1), ylim=(0, 1.02))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    return figure
+
+
+def froc(points: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Share of lesions found over false positives per volume, by method: (false positives, recall), each [threshold].
+
+    The axis is linear up to one false positive and logarithmic from there.
+    """
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for method, (false, recall) in points.items():
+        order = np.argsort(false, kind="stable")
+        axis.plot(np.asarray(false)[order], np.asarray(recall)[order], ".-", label=method)
+    axis.set_xscale("symlog", linthresh=1)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="false positives per volume", ylabel="recall (share of lesions found)", ylim=(0, 1.02))
+    axis.set_xlim(left=0)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def against(x: Sequence[float], figures: Mapping[str, Sequence[float]], labels: tuple[str, str], style="o") -> Figure:
+    """Figures in [0, 1] over a quantity on a logarithmic axis, a colour each; `labels` of both axes, with units."""
+    figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    for name, values in figures.items():
+        axis.plot(x, values, style, label=name, alpha=0.8, markersize=5)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, 1.02))
+    figure.legend(loc="outside right center", fontsize=8)
+    return figure
+
+
+def gallery(places: Sequence[tuple[PreparedSubject, int]], maps: Sequence[Mapping[str, np.ndarray]]) -> Figure:
+    """A row a slice: the scan, then the heat map of every method with the truth; one colour scale a method.
+
+    `maps`: for each place the maps [slice, row, column] by method. Scales run from 0 to the highest 99.5th percentile
+    inside the brain of the slices shown.
+    """
+    names = list(maps[0])
+    shape = (len(places), 1 + len(names))
+    figure, axes = plt.subplots(*shape, figsize=(1.25 * shape[1], 1.45 * shape[0]), squeeze=False, layout="constrained")
+    shown = [(row, subject, number, of) for row, (subject, number), of in zip(axes, places, maps, strict=True)]
+    tops = {name: max(np.percentile(of[name][i][s.brain[i]], 99.5) for _, s, i, of in shown) for name in names}
+    for row, subject, number, of in shown:
+        row[0].imshow(subject.image[0, number].astype(np.float32), cmap="gray", vmin=0, vmax=1.2)
+        row[0].set_title(f"{subject.id}\nslice {number}", fontsize=7)
+        for axis, name in zip(row[1:], names, strict=True):
+            axis.imshow(of[name][number].astype(np.float32), cmap=MAP_COLOURS, vmin=0, vmax=max(tops[name], 1e-6))
+            axis.set_title(f"{name}\n0 to {tops[name]:.2g}", fontsize=7)
+        for axis in row:
+            outline(axis, np.asarray(subject.lesion[number]))
+            axis.axis("off")
+    return figure
+
+
+def bars(table: pd.DataFrame, columns: Mapping[str, str], label: str, *, chance: float | None = None) -> Figure:
+    """Columns of a table as bars, a group a row; `columns`: their legend by name. Intervals are drawn where the table
+    has `<column>_low` and `<column>_high`."""
+    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.3 * len(table) * len(columns)), layout="constrained")
+    height = 0.8 / len(columns)
+    for i, (column, legend) in enumerate(columns.items()):
+        places = np.arange(len(table)) + (i - (len(columns) - 1) / 2) * height
+        axis.barh(places, table[column], height * 0.9, label=legend, color=BARS[i % len(BARS)])
+        if f"{column}_low" in table:
+            axis.hlines(places, table[f"{column}_low"], table[f"{column}_high"], color="black", linewidth=1)
+    if chance is not None:
+        axis.axvline(chance, color="grey", linestyle=":", label="chance")
+    names = [", ".join(name) if isinstance(name, tuple) else name for name in table.index]
+    axis.set(yticks=range(len(table)), yticklabels=names, xlabel=label)
+    axis.invert_yaxis()
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def flagged(table: pd.DataFrame) -> Figure:
+    """Share of an image's pixels above its own mean + kσ, for slices without and with lesion, as
+    `traps.mean_plus_sigma` returns: means, with 5th and 95th percentiles, and the bound that holds for any image."""
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    for (truth, rows), colour, shift in zip(table.groupby("truth"), (TRUTH, "grey"), (0.02, -0.02), strict=False):
+        spread = 100 * np.abs(rows[["low", "high"]].to_numpy().T - rows.share.to_numpy())
+        axis.errorbar(rows.k + shift, 100 * rows.share, spread, fmt="o", color=colour, label=truth, capsize=3)
+    k = np.linspace(table.k.min(), table.k.max(), 50)
+    axis.plot(k, 100 / (1 + k**2), ":", color="grey", label="most that any image can have")
+    axis.axhline(5, color=FOUND, label="cut that calls an image ill")
+    axis.set(xlabel="k: standard deviations above the image's own mean", ylabel="pixels above, % of the image")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def by_lot(null: np.ndarray, observed: float, label: str) -> Figure:
+    """How often each figure comes about by lot, and the one observed (NaN: none)."""
+    figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
+    axis.hist(null, 30, range=(0, 1), color="grey", alpha=0.6, label="labels by lot")
+    low, high = np.percentile(null, metrics.INTERVAL)
+    axis.axvspan(low, high, color="grey", alpha=0.15, linewidth=0, label="95 % of the draws")
+    if np.isfinite(observed):
+        axis.axvline(observed, color=FOUND, label="true labels")
+    axis.set(xlabel=label, ylabel="draws")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _precision(lesion: np.ndarray, other: np.ndarray, recall: np.ndarray) -> np.ndarray:
+    hits, alarms = np.cumsum(lesion[::-1]), np.cumsum(other[::-1])
+    called = hits + alarms > 0
+    return np.interp(recall, hits[called] / hits[-1], hits[called] / (hits + alarms)[called])
+
+
+def _recall(lesion: np.ndarray, other: np.ndarray, rate: np.ndarray) -> np.ndarray:
+    hits, alarms = np.cumsum(lesion[::-1]), np.cumsum(other[::-1])
+    return np.interp(rate, np.append(0, alarms / max(alarms[-1], 1)), np.append(0, hits / hits[-1]))

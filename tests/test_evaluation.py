@@ -1,108 +1,21 @@
-"""Figures with known answers, beside scikit-learn's, and their properties."""
+"""Judging a run from its maps: the table, its intervals, what is refused."""
+
+import shutil
+from dataclasses import replace
+from itertools import count
 
 import made_cohort
 import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
+from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import lib
-from lib import evaluation, scoring
+from lib import evaluation, judging, postprocessing, scoring
+from lib.errors import CourseError
 from lib.intake import LESION_FREE
-
-half_floats = arrays.arrays(np.float16, 60, elements=st.floats(0, 100, width=16))
-labels = arrays.arrays(bool, 60).filter(lambda y: 0 < y.sum() < 60)
-
-
-def counted(values, truth):
-    codes = evaluation.codes(values)
-    return tuple(np.bincount(codes[where], minlength=evaluation.CODES) for where in (truth, ~truth))
-
-
-@given(arrays.arrays(np.float16, 20, elements=st.floats(-1000, 1000, width=16)))
-def test_codes_keep_the_order_and_come_back(values):
-    codes = evaluation.codes(values).astype(int)
-    assert (np.sign(codes[:, None] - codes) == np.sign(values[:, None].astype(float) - values)).all()
-    assert [evaluation.value_of(int(c)) for c in codes] == [float(v) for v in values]
-
-
-@given(half_floats, labels)
-def test_average_precision_and_auroc_are_those_of_scikit_learn(values, truth):
-    lesion, other = counted(values, truth)
-    assert evaluation.average_precision(lesion, other) == pytest.approx(average_precision_score(truth, values))
-    assert evaluation.auroc(lesion, other) == pytest.approx(roc_auc_score(truth, values))
-
-
-@given(half_floats, labels)
-def test_a_monotone_transform_changes_no_figure(values, truth):
-    steeper = (np.unique(values, return_inverse=True)[1] / 16).astype(np.float16)
-    one, two = counted(values, truth), counted(steeper, truth)
-    assert evaluation.average_precision(*one) == pytest.approx(evaluation.average_precision(*two))
-    assert np.nanmax(evaluation.dice_curve(*one)) == pytest.approx(np.nanmax(evaluation.dice_curve(*two)))
-
-
-@given(half_floats, labels, st.floats(0, 100, width=16))
-def test_dice_at_a_threshold_is_the_textbook_formula(values, truth, threshold):
-    code = int(evaluation.codes(np.array([threshold], np.float16))[0])
-    subject = subject_counts(*counted(values, truth))
-    called = values >= np.float16(threshold)
-    assert evaluation.dice_at(subject, code) == pytest.approx(2 * (called & truth).sum() / (called.sum() + truth.sum()))
-
-
-def subject_counts(lesion, other):
-    nothing = np.zeros(0)
-    return evaluation.SubjectCounts("s", False, lesion, other, other, nothing, nothing.astype(bool))
-
-
-def test_perfect_constant_and_inverted_maps():
-    truth = np.arange(100) < 20
-    perfect, constant = counted(truth.astype(np.float16), truth), counted(np.zeros(100, np.float16), truth)
-    inverted = counted((~truth).astype(np.float16), truth)
-    assert evaluation.average_precision(*perfect) == 1
-    assert evaluation.average_precision(*constant) == pytest.approx(0.2)
-    assert evaluation.average_precision(*inverted) == pytest.approx(0.2)
-    assert np.nanmax(evaluation.dice_curve(*perfect)) == 1
-    assert np.nanmax(evaluation.dice_curve(*constant)) == pytest.approx(2 * 0.2 / 1.2)
-    assert evaluation.auroc(*constant) == 0.5
-    assert evaluation.auroc(*inverted) == 0
-
-
-def test_background_leaves_average_precision_and_raises_auroc_by_the_formula():
-    random = np.random.default_rng(0)
-    truth = random.random(500) < 0.2
-    values = (random.random(500) + truth + 0.1).astype(np.float16)
-    lesion, other = counted(values, truth)
-    padded = other.copy()
-    padded[evaluation.codes(np.zeros(1, np.float16))] += other.sum()
-    inside = float(evaluation.auroc(lesion, other))
-    assert evaluation.average_precision(lesion, padded) == pytest.approx(evaluation.average_precision(lesion, other))
-    assert evaluation.auroc(lesion, padded) == pytest.approx(0.5 + 0.5 * inside)
-
-
-def test_precision_and_recall_are_not_exchanged():
-    lesion, other = np.array([3, 1]), np.array([1, 0])  # one of four lesion voxels above, no false positive
-    assert evaluation.average_precision(lesion, other) == pytest.approx(0.25 * 1 + 0.75 * 0.8)
-
-
-def test_without_lesion_the_figures_are_undefined():
-    lesion, other = counted(np.ones(5, np.float16), np.zeros(5, bool))
-    assert np.isnan(evaluation.average_precision(lesion, other))
-    assert np.isnan(evaluation.dice_at(subject_counts(lesion, other), 0))
-
-
-@given(half_floats, st.floats(0.01, 0.5))
-def test_the_threshold_keeps_its_promise_and_is_the_lowest_that_does(values, rate):
-    healthy = np.bincount(evaluation.codes(values), minlength=evaluation.CODES)
-    code = evaluation.threshold_code(healthy, rate)
-    assert healthy[code:].sum() <= rate * healthy.sum()
-    assert code == 0 or healthy[code - 1 :].sum() > rate * healthy.sum()
-
-
-def test_a_constant_map_has_no_threshold_that_lets_anything_through():
-    healthy = np.bincount(evaluation.codes(np.zeros(10, np.float16)), minlength=evaluation.CODES)
-    assert healthy[evaluation.threshold_code(healthy) :].sum() == 0
+from lib.models.detector import Detector
 
 
 @pytest.fixture
@@ -191,3 +104,230 @@ def test_patients_come_in_order_of_precision(judged):
     ranked = evaluation.patients_by_precision(evaluation.test_counts("run", "random", prepared))
     assert [ap for _, ap in ranked] == sorted(ap for _, ap in ranked)
     assert len(ranked) == 3
+
+
+class Given(Detector):
+    """A detector with the maps that a test gives it, by subject."""
+
+    def __init__(self, maps):
+        super().__init__("intensity", ("FLAIR",))
+        self.given = maps
+
+    def maps(self, subject):
+        return self.given(subject).astype(np.float32) * subject.brain
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    """`judge(map of a subject, **cohort)`: the cohort, and the table of a detector with those maps."""
+    monkeypatch.setattr(lib, "ROOT", tmp_path)
+    numbers = count()
+
+    def evaluated(maps, **options):
+        prepared = made_cohort.write(tmp_path / f"cohort{next(numbers)}", **options)
+        detector = Given(maps)
+        shutil.rmtree(lib.run_folder("run"), ignore_errors=True)
+        detector.save(lib.run_folder("run") / "models" / "intensity.safetensors")
+        scoring.write_maps(detector, prepared, "run")
+        return prepared, evaluation.evaluate("run", prepared)
+
+    return evaluated
+
+
+def found(table, metric, level="voxel", postprocess="none", stratum="all"):
+    kept = {"metric": metric, "level": level, "postprocess": postprocess, "stratum": stratum}
+    (row,) = table[(table[list(kept)] == pd.Series(kept)).all(axis=1)].itertuples()
+    return row
+
+
+def test_the_perfect_map_scores_1_everywhere_and_raises_no_false_alarm(judge):
+    _, table = judge(lambda s: s.lesion)
+    for level, metric in [("voxel", m) for m in ("ap", "ap_pooled", "dice", "dice_oracle", "dice_conformal",
+                          "sensitivity_at_fpr1", "sensitivity_at_fpr5")] + [("lesion", "lesion_recall"),
+                          ("lesion", "froc"), ("slice", "auroc"), ("slice", "ap"), ("scan", "auroc"),
+                          ("scan", "ap")]:  # fmt: skip
+        row = found(table, metric, level)
+        assert (row.value, row.low, row.high) == (1, 1, 1), (level, metric)
+    for level, metric in (
+        ("voxel", "fpr_seen"),
+        ("lesion", "false_positives_per_volume"),
+        ("scan", "false_alarms_seen"),
+    ):
+        assert found(table, metric, level).value == 0
+
+
+def test_the_empty_map_has_its_known_value_everywhere(judge):
+    prepared, table = judge(lambda s: np.zeros(s.brain.shape))
+    shares = [s.lesion.sum() / s.brain.sum() for s in prepared.split("test") if s.lesion.any()]
+    assert found(table, "ap").value == pytest.approx(np.mean(shares))
+    assert found(table, "dice_oracle").value == pytest.approx(np.mean([2 * p / (1 + p) for p in shares]))
+    for metric in ("dice", "dice_conformal", "sensitivity_at_fpr1", "fpr_seen"):
+        assert found(table, metric).value == 0
+    for metric in ("lesion_recall", "false_positives_per_volume", "froc"):
+        assert found(table, metric, "lesion").value == 0
+    assert found(table, "auroc", "scan").value == found(table, "auroc", "slice").value == 0.5
+    assert found(table, "ap", "scan").value == pytest.approx(3 / 5)
+
+
+def graded(subject):
+    random = np.random.default_rng(int(subject.id[1:]))
+    return np.round(4 * (random.random(subject.brain.shape) + 0.5 * subject.lesion), 2)
+
+
+def test_a_monotone_transform_of_the_maps_leaves_every_figure_that_ranks(judge):
+    _, one = judge(graded)
+    _, two = judge(lambda s: graded(s) ** 2)
+    for level, metric in (("voxel", "ap"), ("voxel", "dice"), ("voxel", "dice_oracle"), ("lesion", "froc"),
+                          ("lesion", "lesion_recall")):  # fmt: skip
+        assert found(one, metric, level)[-6:] == found(two, metric, level)[-6:]
+
+
+def test_the_order_of_the_subjects_changes_no_byte(judge):
+    prepared, _ = judge(graded)
+    written = {name: (lib.run_folder("run") / name).read_bytes() for name in ("results.csv", "patients.csv")}
+    evaluation.evaluate("run", replace(prepared, subjects=prepared.subjects[::-1]))
+    assert written == {name: (lib.run_folder("run") / name).read_bytes() for name in written}
+
+
+def test_sensitivities_are_those_at_the_healthy_validation_s_quantiles(judge):
+    prepared, table = judge(graded)
+    healthy = np.concatenate([graded(s)[s.lesion_free[:, None, None] & s.brain] for s in prepared.split("validation")])
+    patients = [s for s in prepared.split("test") if s.lesion.any()]
+    for metric, rate in (("sensitivity_at_fpr1", 0.01), ("sensitivity_at_fpr5", 0.05)):
+        limit = min(v for v in np.unique(healthy) if np.mean(healthy >= v) <= rate)
+        between = max(v for v in np.unique(healthy) if v < limit)  # nothing lies between the two
+        expected = [np.mean(graded(s)[s.lesion] > between) for s in patients]
+        assert found(table, metric).value == pytest.approx(np.mean(expected), abs=1e-4)
+
+
+def test_too_few_healthy_scans_are_said_with_the_promise_they_support(judge):
+    _, table = judge(graded)
+    row = found(table, "false_alarms_promised", "scan")
+    assert row.value == pytest.approx(1 / 3)
+    assert "2 healthy validation scans cannot promise 5 %" in row.note
+    assert "33.3 %" in row.note
+
+
+def test_enough_healthy_scans_promise_what_was_asked(judge):
+    _, table = judge(graded, healthy=(1, 19, 1))
+    row = found(table, "false_alarms_promised", "scan")
+    assert (row.value, row.note) == (evaluation.PROMISED_ALARMS, "")
+
+
+def test_strata_by_load_kind_and_site_where_two_patients_share_them(judge, monkeypatch):
+    original = made_cohort._subject
+
+    def labelled(folder, *rest):
+        number = int(folder.name[1:])
+        kind = ("ms" if number % 2 else "glioma") if number < 12 else "rare"
+        return original(folder, *rest) | {"site": "a", "kind": kind}
+
+    monkeypatch.setattr(made_cohort, "_subject", labelled)
+    _, table = judge(graded, patients=6)
+    assert set(table.stratum) == {"all", "load:small", "load:medium", "load:large", "kind:ms", "kind:glioma", "site:a"}
+    assert found(table, "ap", stratum="site:a")[-6:-3] == found(table, "ap")[-6:-3]
+    thirds = [found(table, "ap", stratum=f"load:{size}") for size in ("small", "medium", "large")]
+    assert np.mean([row.value for row in thirds]) == pytest.approx(found(table, "ap").value)
+    assert [row.n for row in thirds] == [2, 2, 2]
+
+
+def test_post_processing_steps_have_rows_and_thresholds_of_their_own(judge):
+    def specked(subject):  # the lesion and some voxels around it, and brighter single voxels
+        specks = np.zeros(subject.brain.shape)
+        specks[1:-1:2, 6:26:5, 6:26:5] = 2
+        return specks + ndimage.binary_dilation(subject.lesion, iterations=2)
+
+    _, table = judge(specked)
+    assert set(table.postprocess) == set(postprocessing.STEPS)
+    assert found(table, "ap", postprocess="median").value > found(table, "ap").value
+    assert found(table, "fpr_seen", postprocess="components").value <= found(table, "fpr_seen").value
+    lost = table[table.metric == "lesion_lost"]
+    assert set(lost.postprocess) == set(postprocessing.STEPS) - {"none"}
+    assert ((lost.value >= 0) & (lost.value <= 1)).all()
+
+
+def test_the_lesion_that_a_step_throws_away_is_counted(judge):
+    _, table = judge(lambda s: s.lesion & (np.cumsum(s.lesion, axis=0) == 1))  # one slice of each lesion
+    kept = found(table, "dice", postprocess="components")
+    assert found(table, "lesion_lost", postprocess="median").value > 0.2
+    assert kept.value == found(table, "dice").value
+
+
+def test_slice_baselines_have_slice_figures_only(judged):
+    prepared, _ = judged
+    for name in ("brain_area", "slice_index"):
+        scoring.run_detector(name, prepared, "run")
+    table = evaluation.evaluate("run", prepared)
+    rows = table[table.method.isin(["brain_area", "slice_index"])]
+    assert set(zip(rows.level, rows.metric, strict=True)) == {("slice", "auroc"), ("slice", "ap")}
+    tested = prepared.split("test")
+    seen = [s.brain.any(axis=(1, 2)) for s in tested]
+    area = np.concatenate([s.brain.sum(axis=(1, 2))[b] for s, b in zip(tested, seen, strict=True)])
+    truth = np.concatenate([s.lesion.any(axis=(1, 2))[b] for s, b in zip(tested, seen, strict=True)])
+    assert figure(table, "brain_area", "auroc", "slice").value == pytest.approx(roc_auc_score(truth, area))
+
+
+def test_scans_are_ranked_by_their_highest_hundredth(judge):
+    prepared, table = judge(graded)
+    scores, truth = [], []
+    for subject in prepared.split("test"):
+        values = np.sort(graded(subject).astype(np.float16).astype(float)[subject.brain])
+        scores.append(values[-round(0.01 * len(values)) :].mean())
+        truth.append(not subject.healthy)
+    assert found(table, "auroc", "scan").value == pytest.approx(roc_auc_score(truth, scores), abs=1e-4)
+    assert found(table, "ap", "scan").value == pytest.approx(average_precision_score(truth, scores), abs=1e-4)
+
+
+def test_paired_differences_are_those_of_the_patients(judged):
+    prepared, _ = judged
+    differences = evaluation.paired_differences("run", prepared)
+    aps = {m: dict(evaluation.patients_by_precision(evaluation.test_counts("run", m, prepared)))
+           for m in ("empty", "random", "intensity")}  # fmt: skip
+    assert list(differences.method_a.head(2)) == ["intensity", "intensity"]
+    for row in differences.itertuples():
+        gaps = np.array([aps[row.method_a][name] - aps[row.method_b][name] for name in aps["empty"]])
+        assert row.difference == pytest.approx(gaps.mean(), abs=1e-5)
+        assert (row.wins, row.losses) == ((gaps > evaluation.TIE).sum(), (gaps < -evaluation.TIE).sum())
+        assert row.wins + row.ties + row.losses == row.n == 3
+        assert row.low <= row.difference <= row.high
+
+
+def test_only_an_interval_without_0_says_who_beats_whom(judged):
+    prepared, _ = judged
+    matrix = evaluation.who_beats_whom(evaluation.paired_differences("run", prepared))
+    assert matrix.loc["intensity", "empty"] == 1
+    assert matrix.loc["empty", "intensity"] == -1
+    assert (matrix.to_numpy() == -matrix.to_numpy().T).all()
+
+
+def test_differences_of_a_run_that_was_not_judged_are_refused(judged, tmp_path):
+    prepared, _ = judged
+    with pytest.raises(CourseError, match=r"patients\.csv"):
+        evaluation.paired_differences("elsewhere", prepared)
+    with pytest.raises(CourseError, match="another cohort"):
+        evaluation.paired_differences("run", made_cohort.write(tmp_path / "other", patients=5))
+
+
+def test_a_subject_in_two_splits_is_refused(judged):
+    prepared, _ = judged
+    patient = prepared.split("test")[-1]
+    leaked = replace(prepared, subjects=(*prepared.subjects, replace(patient, split="train")))
+    with pytest.raises(CourseError, match=f"{patient.id} in test and {patient.id} in train"):
+        evaluation.evaluate("run", leaked)
+
+
+def test_the_same_scan_in_train_and_test_is_refused_under_any_name(judged):
+    prepared, _ = judged
+    marked = [replace(s, facts=s.facts | {"checksums": {"FLAIR": s.id}}) for s in prepared.subjects]
+    evaluation.evaluate("run", replace(prepared, subjects=tuple(marked)))
+    marked[0] = replace(marked[0], facts=marked[0].facts | {"checksums": {"FLAIR": marked[-1].id}})
+    with pytest.raises(CourseError, match="two splits"):
+        evaluation.evaluate("run", replace(prepared, subjects=tuple(marked)))
+
+
+def test_processes_judge_as_one_does(judge, monkeypatch):
+    judge(graded, patients=8)
+    alone = (lib.run_folder("run") / "results.csv").read_bytes()
+    monkeypatch.setattr(judging, "FEW", 100)
+    judge(graded, patients=8)
+    assert (lib.run_folder("run") / "results.csv").read_bytes() == alone

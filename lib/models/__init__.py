@@ -15,6 +15,9 @@ DETECTORS = {
     "intensity": ("lib.baselines:Intensity", {}),
     "intensity_median": ("lib.baselines:IntensityMedian", {}),
     "atlas_z": ("lib.baselines:AtlasZ", {}),
+    "blur": ("lib.baselines:Blur", {}),
+    "brain_area": ("lib.baselines:BrainArea", {}),
+    "slice_index": ("lib.baselines:SliceIndex", {}),
 }
 
 

@@ -1,0 +1,118 @@
+"""Can a label be told without looking for a lesion? Histogram, header and size of a scan against that label.
+
+A scan-level claim between two groups is worth what it adds to this.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from lib import metrics
+from lib.cohort import Cohort, PreparedSubject
+from lib.training import derived_seed
+
+QUANTILES = (5, 25, 50, 75, 95)  # percentiles of the brain's voxels
+FOLDS = 5
+LEAST = 4  # subjects of each class
+STRENGTH = 0.1  # inverse of the L2 penalty: few subjects, more features
+
+
+@dataclass(frozen=True)
+class DomainClassifier:
+    """AUROC of held-out subjects with its 95 % interval, and the share of shuffled labels that reach it."""
+
+    auroc: float
+    low: float
+    high: float
+    p_value: float
+    n: int
+    n_positive: int
+
+    def __str__(self) -> str:
+        return (f"AUROC {self.auroc:.2f}, 95 % interval {self.low:.2f} to {self.high:.2f}, p = {self.p_value:.2g} "
+                f"({self.n_positive} against {self.n - self.n_positive} subjects)")  # fmt: skip
+
+
+def domain_classifier(
+    prepared: Cohort, groups: Mapping[str, bool], *, seed: int = 0, permutations: int = 99
+) -> DomainClassifier | None:
+    """Predict a label of subjects (by id) by logistic regression on `features`, each subject held out once.
+
+    `p_value` is (1 + shuffled labels that reach the AUROC) / (1 + permutations). None where either class has fewer
+    than 4 subjects.
+    """
+    members = [s for s in prepared.subjects if s.id in groups]
+    labels = np.array([groups[s.id] for s in members], bool)
+    if min(labels.sum(), (~labels).sum()) < LEAST:
+        return None
+    table = np.stack([features(s) for s in members])
+    random = np.random.default_rng(derived_seed(seed, "domain"))
+    scores = _held_out(table, labels, seed)
+    auroc, low, high = auroc_interval(scores, labels, np.arange(len(members)), seed)
+    shuffled = [random.permutation(labels) for _ in range(permutations)]
+    reached = sum(roc_auc_score(one, _held_out(table, one, seed)) >= auroc for one in shuffled)
+    return DomainClassifier(auroc, low, high, (1 + reached) / (1 + permutations), len(labels), int(labels.sum()))
+
+
+def features(subject: PreparedSubject) -> np.ndarray:
+    """What a scanner leaves in a scan, float [feature]: for each modality percentiles of the brain outside the lesion
+    and the logarithm of the scale that was divided out; the brain's litres and box, the voxel's edges, the shape."""
+    brain = np.asarray(subject.brain)
+    healthy = brain & ~np.asarray(subject.lesion)
+    histogram = np.percentile(subject.image[:, healthy].astype(np.float32), QUANTILES, axis=1)
+    box = [s.stop - s.start for s in ndimage.find_objects(brain.astype(np.int8))[0]]
+    litres = brain.sum() * subject.voxel_mm.prod() / 1e6
+    gain = np.log(subject.facts["scales"])
+    return np.concatenate([histogram.ravel(), gain, [litres], box * subject.voxel_mm[::-1], subject.voxel_mm,
+                           brain.shape])  # fmt: skip
+
+
+def by_health(prepared: Cohort) -> dict[str, bool]:
+    """Label of each subject: True for a patient."""
+    return {s.id: not s.healthy for s in prepared.subjects}
+
+
+def by_site(prepared: Cohort, site: str) -> dict[str, bool]:
+    """Label of each subject: True where it comes from this site."""
+    return {s.id: s.facts.get("site") == site for s in prepared.subjects}
+
+
+def auroc_interval(
+    scores: np.ndarray, labels: np.ndarray, subjects: np.ndarray, seed: int = 0
+) -> tuple[float, float, float]:
+    """AUROC and its 95 % interval over resampled subjects; those with a positive are drawn apart from the others.
+
+    `scores`, `labels` (bool) and `subjects` (whose each one is): [item]. NaN where a class is empty.
+    """
+    values, place = np.unique(scores, return_inverse=True)
+    owners, owner = np.unique(subjects, return_inverse=True)
+    counts = np.zeros((2, len(owners), len(values)))
+    np.add.at(counts, (np.asarray(labels, int), owner, place), 1)
+    well, sick = counts
+    if not (well.any() and sick.any()):
+        return float("nan"), float("nan"), float("nan")
+    weights = _drawn(sick.any(axis=1), np.random.default_rng(derived_seed(seed, "bootstrap")))
+    return metrics.bootstrap(lambda w: metrics.auroc(w @ sick, w @ well), weights)
+
+
+def _drawn(positive: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """How often each subject is drawn, [resample, subject], as many of each stratum as there are."""
+    weights = np.zeros((metrics.RESAMPLES, len(positive)))
+    for stratum in (positive, ~positive):
+        n = stratum.sum()
+        if n:
+            weights[:, stratum] = random.multinomial(n, np.full(n, 1 / n), metrics.RESAMPLES)
+    return weights
+
+
+def _held_out(table: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    folds = StratifiedKFold(min(FOLDS, labels.sum(), (~labels).sum()), shuffle=True, random_state=seed)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=1000))
+    return cross_val_predict(model, table, labels, cv=folds, method="decision_function")
