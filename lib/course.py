@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import lib
@@ -164,7 +164,10 @@ def _unfinished(course: Course, stored: Mapping) -> list[str]:
 
 def _examine(values: dict, quiet: bool) -> list[str]:
     from lib import intake
+    from lib.preprocessing import Recipe
 
+    recipe = {f.name: values[f.name] for f in fields(Recipe) if f.name in values and f.name != "modalities"}
+    Recipe(**recipe)  # refuses what it cannot prepare
     known = inspect.signature(intake.gather).parameters
     with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
         gathered = intake.gather(**{name: value for name, value in values.items() if name in known})

@@ -12,7 +12,7 @@ from joblib import Parallel, delayed
 
 from lib import ROOT, datasets, phantom, volumes
 from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES, Subject
-from lib.errors import CourseError
+from lib.errors import CourseError, check_least
 from lib.preprocessing import brain_mask, canonical, extent_mm
 from lib.progress import bar
 from lib.volumes import Volume
@@ -56,6 +56,7 @@ def gather(
     `modalities`: names joined by commas; `size` × `pixel_mm`: the square that a brain must fit.
     Raises CourseError that lists every problem of every scan, unless `skip_broken`, which leaves those subjects out.
     """
+    check_least("seed", seed, 0)
     folder = Path(data) if data else _embedded(healthy, patients, voxel_mm, seed)
     wanted = datasets.parse_modalities(modalities)
     dataset = datasets.find_subjects(folder, layout)

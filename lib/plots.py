@@ -87,14 +87,21 @@ def cases(
 
 
 def redrawn(detector: SliceDetector, places: Sequence[tuple[PreparedSubject, int]]) -> Figure:
-    """A row a slice: the first modality, what the network redraws, and the absolute residual, all on one scale."""
-    images, titles, truths = [], [], []
-    for subject, number in places:
+    """A row a slice, the truth outlined: the first modality, what the network redraws, and the absolute residual."""
+    figure, axes = plt.subplots(len(places), 3, figsize=(6.6, 2.0 * len(places)), squeeze=False, layout="constrained")
+    for row, (subject, number) in zip(axes, places, strict=True):
         image, expected = subject.image[0, number].astype(np.float32), detector.redraw(subject, number)[0]
-        images += [image, expected, np.abs(image - expected)]
-        titles += [f"{subject.id}\nslice {number}", "redrawn", "absolute residual"]
-        truths += [np.asarray(subject.lesion[number])] * 3
-    return slices(images, titles, columns=3, unit="intensity ÷ 99th percentile", truths=truths)
+        scan = row[0].imshow(image, cmap="gray", vmin=0, vmax=1.2)
+        row[1].imshow(expected, cmap="gray", vmin=0, vmax=1.2)
+        left = row[2].imshow(np.abs(image - expected), cmap=MAP_COLOURS, vmin=0, vmax=0.6)
+        for axis, title in zip(row, (f"{subject.id}, slice {number}", "redrawn", "absolute residual"), strict=True):
+            axis.set_title(title)
+            outline(axis, np.asarray(subject.lesion[number]))
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.colorbar(scan, ax=axes[:, :2], shrink=0.8, aspect=30, label="intensity ÷ 99th percentile")
+    figure.colorbar(left, ax=axes[:, 2], shrink=0.8, aspect=30, label="difference of these")
+    return figure
 
 
 def most_lesion(subject: PreparedSubject) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.exposure import equalize_adapthist
 
-from lib.errors import CourseError
+from lib.errors import CourseError, check_choice, check_least
 from lib.volumes import Volume
 
 HALVINGS = 16
@@ -32,14 +32,11 @@ class Recipe:
     slices: str = "all"
 
     def __post_init__(self):
-        choices = {"normalisation": tuple(NORMALISATIONS), "slices": ("all", "largest")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise CourseError(f"{name} is {getattr(self, name)!r}.", f"It may be: {', '.join(allowed)}.")
-        for name in ("pixel_mm", "slice_mm", "size"):
-            value = getattr(self, name)
-            if not 0 <= value < np.inf or (value == 0 and name != "slice_mm"):
-                raise CourseError(f"{name} is {value}.", "Give a finite number above 0.")
+        check_choice("normalisation", self.normalisation, NORMALISATIONS)
+        check_choice("slices", self.slices, ("all", "largest"))
+        check_least("pixel_mm", self.pixel_mm, 0.1)
+        check_least("slice_mm", self.slice_mm, 0)
+        check_least("size", self.size, HALVINGS)
         if self.size % HALVINGS:
             raise CourseError(
                 f"size is {self.size}.", f"Give a multiple of {HALVINGS}: networks halve slices four times."

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from lib.cohort import Cohort, Slices
-from lib.errors import CourseError
+from lib.errors import CourseError, check_least
 from lib.progress import bar
 from lib.volumes import write_bytes
 
@@ -32,6 +32,11 @@ class Plan:
     batch_size: int
     learning_rate: float
     patience: int
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "patience"):
+            check_least(name, getattr(self, name), 1)
+        check_least("learning_rate", self.learning_rate, 0)
 
 
 @dataclass

@@ -2,7 +2,9 @@
 
 import ast
 import json
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "errors": 0, "volumes": 0, "progress": 0, "datasets": 1, "phantom": 1, "preprocessing": 2, "intake": 2, "cohort": 2,
-    "training": 3, "models": 3, "baselines": 3, "scoring": 4, "evaluation": 4, "plots": 4, "report": 5,
+    "training": 3, "models": 3, "baselines": 3, "scoring": 4, "evaluation": 4, "plots": 4, "report": 5, "pages": 5,
     "settings": 6, "runner": 6, "runs": 6, "course": 6,
 }  # fmt: skip
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -35,6 +37,18 @@ def test_a_file_imports_from_its_own_floor_or_lower_ones_only():
         climbs += [f"{own} -> {other}" for other in imported(path) if FLOORS[other] > FLOORS[own]]
     assert len(files) > 15
     assert climbs == []
+
+
+def test_whatever_lib_imports_is_pinned():
+    pinned = {line.partition("==")[0].lower() for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    owners = packages_distributions()
+    for path in [*(ROOT / "lib").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            outside = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"lib", "benchmarks"}
+            for name in outside:
+                assert {owner.lower() for owner in owners[name]} & pinned, f"{path.name} imports {name}"
 
 
 def test_the_floors_name_every_file():

@@ -353,3 +353,8 @@ def test_no_folder_means_the_embedded_cohort(brats, course_root, monkeypatch):
     gathered = intake.gather(**FITS)
     assert len(gathered.subjects) == 4
     assert "embedded cohort" in gathered.notes[0]
+
+
+def test_a_negative_seed_is_named():
+    with pytest.raises(CourseError, match="seed is -1"):
+        intake.gather(seed=-1)

@@ -135,3 +135,11 @@ def test_an_autoencoder_learns_to_redraw_healthy_slices_and_marks_lesions(tmp_pa
     for subject in cohort.split("test")[-3:]:
         maps = detector.maps(subject)
         assert maps[subject.lesion].mean() > 2 * maps[subject.brain & ~subject.lesion].mean()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"bottleneck": "narrow"}, {"loss": "l3"}, {"residual": "both"}, {"code": 0}, {"width": 12}, {"width": 0}]
+)
+def test_settings_that_cannot_be_are_named(wrong):
+    with pytest.raises(CourseError, match=next(iter(wrong))):
+        autoencoder.Settings(**wrong)

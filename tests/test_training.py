@@ -175,3 +175,9 @@ def test_mixed_precision_returns_float32_close_to_the_network_s_own():
 def test_derived_seeds_differ_by_name_and_repeat():
     assert training.derived_seed(0, "a") == training.derived_seed(0, "a")
     assert len({training.derived_seed(s, n) for s in range(5) for n in ("a", "b", "c")}) == 15
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"patience": 0}, {"learning_rate": float("nan")}])
+def test_a_plan_that_cannot_be_is_named(wrong):
+    with pytest.raises(CourseError, match=next(iter(wrong))):
+        Plan(**({"epochs": 1, "batch_size": 1, "learning_rate": 0.1, "patience": 1} | wrong))

@@ -14,12 +14,14 @@ from torch import nn
 from torch.nn import functional
 
 from lib.cohort import Cohort
+from lib.errors import CourseError, check_choice, check_least
 from lib.models.detector import SliceDetector, residual
 from lib.preprocessing import HALVINGS
 from lib.training import Batch, Forward, History, Plan, choose_device, derived_seed, train
 
 DATA_RANGE = 1.5  # prepared intensities lie in [0, 1.5]
 SSIM_WINDOW = 11
+GROUPS = 8  # of channels that are normalised together
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class Settings:
     batch_size: int = 8
     learning_rate: float = 2e-3
     patience: int = 8
+
+    def __post_init__(self):
+        check_choice("bottleneck", self.bottleneck, ("spatial", "dense"))
+        check_choice("loss", self.loss, ("l2", "ssim"))
+        check_choice("residual", self.residual, ("signed", "absolute"))
+        check_least("code", self.code, 1)
+        check_least("width", self.width, GROUPS)
+        if self.width % GROUPS:
+            raise CourseError(f"width is {self.width}.", f"Give a multiple of {GROUPS}.")
 
 
 class Network(nn.Module):
@@ -112,7 +123,7 @@ def ssim_map(image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _stage(incoming: int, outgoing: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(incoming, outgoing, 3, stride, padding=1), nn.GroupNorm(8, outgoing), nn.SiLU())
+    return nn.Sequential(nn.Conv2d(incoming, outgoing, 3, stride, padding=1), nn.GroupNorm(GROUPS, outgoing), nn.SiLU())
 
 
 def _squeeze(width: int, side: int, settings: Settings) -> nn.Module:
