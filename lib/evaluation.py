@@ -35,6 +35,7 @@ COLUMNS = [
     "method", "family", "modality", "postprocess", "stratum", "level", "metric",
     "value", "low", "high", "n", "seed", "note",
 ]  # fmt: skip
+FROC_COLUMNS = ["method", "false_positives_per_volume", "recall"]
 MEANS = {  # over the subjects that have the figure
     ("voxel", "ap"): "ap",
     ("voxel", "dice"): "dice",
@@ -45,7 +46,6 @@ MEANS = {  # over the subjects that have the figure
     ("scan", "false_alarms_seen"): "false_alarm",
 }
 SHARES = {  # of the sums over subjects
-    ("voxel", "prevalence"): ("lesion_voxels", "brain_voxels"),
     ("voxel", "fpr_seen"): ("healthy_called", "healthy_voxels"),
     ("voxel", "lesion_lost"): ("lesion_lost", "lesion_voxels"),
     ("lesion", "lesion_recall"): ("lesions_found", "lesions"),
@@ -59,19 +59,20 @@ RIVALLED = ["ap", "ap_pooled", "auroc", "dice", "froc", "lesion_recall", "sensit
 
 
 def evaluate(run: str, cohort: Cohort, seed: int = 0) -> pd.DataFrame:
-    """Judge every method that has maps in this run, and write `results.csv` and `patients.csv`: sorted, fixed
-    decimals, byte for byte equal for equal maps. Columns as in COLUMNS; `low` and `high` are a 95 % bootstrap over
-    patients. Raises CourseError where a subject, or a scan, stands in two splits."""
+    """Judge every method that has maps in this run, and write `results.csv`, `patients.csv` and `froc.csv`: sorted,
+    fixed decimals, byte for byte equal for equal maps. Columns as in COLUMNS; `low` and `high` are a 95 % bootstrap
+    over patients. Raises CourseError where a subject, or a scan, stands in two splits."""
     _refuse_leaks(cohort)
-    rows, records = [], []
+    rows, records, curves = [], [], []
     for method in scoring.methods(run):
-        of_method, of_patients = _evaluate_method(run, method, cohort, seed)
-        rows, records = rows + of_method, records + of_patients
+        of_method, of_patients, of_curve = _evaluate_method(run, method, cohort, seed)
+        rows, records, curves = rows + of_method, records + of_patients, curves + of_curve
     order = ["method", "postprocess", "stratum", "level", "metric"]
     table = pd.DataFrame(rows, columns=COLUMNS).sort_values(order, ignore_index=True)
     table["note"] = _notes(table, cohort)
     _write(run, "results.csv", table, "%.4f")
     _write(run, "patients.csv", pd.DataFrame(records), "%.6f")
+    _write(run, "froc.csv", pd.DataFrame(curves, columns=FROC_COLUMNS), "%.6f")
     return table
 
 
@@ -175,12 +176,12 @@ def _refuse_leaks(cohort: Cohort) -> None:
                 )
 
 
-def _evaluate_method(run: str, method: str, cohort: Cohort, seed: int) -> tuple[list[dict], list[dict]]:
-    """Rows of `results.csv` and of `patients.csv`."""
+def _evaluate_method(run: str, method: str, cohort: Cohort, seed: int) -> tuple[list[dict], list[dict], list[tuple]]:
+    """Rows of `results.csv`, of `patients.csv` and of `froc.csv`."""
     shared = {"method": method, "family": models.family(method), "modality": "+".join(cohort.modalities), "seed": seed}
     if method in SLICE_LABELS:
         figures = _slice_figures(test_counts(run, method, cohort), seed)
-        return _rows(figures, shared | {"postprocess": "none", "stratum": "all"}), []
+        return _rows(figures, shared | {"postprocess": "none", "stratum": "all"}), [], []
     frozen = judging.freeze(run, method, cohort, steps_of(method))
     judged = judging.judge_all(method, judging.tested(run, method, cohort), frozen)
     rows, records = [], []
@@ -191,7 +192,7 @@ def _evaluate_method(run: str, method: str, cohort: Cohort, seed: int) -> tuple[
         for name, members in _strata(subjects).items() if step == "none" else ():
             few = {key: figure for key, figure in _voxel_figures(members, seed).items() if key[1] in IN_STRATA}
             rows += _rows(few, shared | {"postprocess": step, "stratum": name})
-    return rows, records
+    return rows, records, [(method, *point) for point in _froc_points([one["none"] for one in judged])]
 
 
 def _figures(subjects: list[Judged], limits: Frozen, step: str, seed: int) -> dict:
@@ -209,6 +210,8 @@ def _voxel_figures(subjects: list[Judged], seed: int) -> dict:
     table = pd.DataFrame([s.record for s in subjects])
     figures = {key: _mean(table[column], seed) for key, column in MEANS.items()}
     figures |= {key: _share(table[part], table[whole], seed) for key, (part, whole) in SHARES.items()}
+    ill = table[table.lesion_voxels > 0]
+    figures["voxel", "prevalence"] = _share(ill.lesion_voxels, ill.brain_voxels, seed)
     sick = [s.counts for s in subjects if s.counts.lesion_voxels]
     if sick:
         weights = resampled(len(sick), seed)
@@ -254,6 +257,13 @@ def _froc(subjects: list[Judged], seed: int) -> tuple:
         return np.array([metrics.froc(*pair) for pair in zip(recall, w @ false / len(subjects), strict=True)])
 
     return *bootstrap(figure, resampled(len(subjects), seed)), len(subjects)
+
+
+def _froc_points(subjects: list[Judged]) -> list[tuple[float, float]]:
+    """False positives per volume and recall at each threshold; nothing where no subject has a lesion."""
+    found, false = np.maximum.accumulate(np.sum([s.curve for s in subjects], axis=0)).T
+    lesions = sum(s.record["lesions"] for s in subjects)
+    return list(zip(false / len(subjects), found / lesions, strict=True)) if lesions else []
 
 
 def _slice_figures(subjects: list[SubjectCounts], seed: int) -> dict:

@@ -154,7 +154,7 @@ def score_distribution(axis: Axes, subjects: Sequence[evaluation.SubjectCounts],
             axis.hist(
                 values[kept],
                 60,
-                (0, max(top, 1e-6)),
+                range=(0, max(top, 1e-6)),
                 weights=weights,
                 density=True,
                 alpha=0.6,
@@ -213,15 +213,14 @@ def curve_bands(counts: Mapping[str, Sequence[metrics.SubjectCounts]], seed: int
     return figure
 
 
-def froc(points: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Share of lesions found over false positives per volume, by method: (false positives, recall), each [threshold].
+def froc(points: pd.DataFrame) -> Figure:
+    """Share of lesions found over false positives per volume, by method; the columns are those of `froc.csv`.
 
     The axis is linear up to one false positive and logarithmic from there.
     """
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for method, (false, recall) in points.items():
-        order = np.argsort(false, kind="stable")
-        axis.plot(np.asarray(false)[order], np.asarray(recall)[order], ".-", label=method)
+    for method, rows in points.groupby("method", sort=False):
+        axis.plot(rows.false_positives_per_volume, rows.recall, ".-", label=method)
     axis.set_xscale("symlog", linthresh=1)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="false positives per volume", ylabel="recall (share of lesions found)", ylim=(0, 1.02))

@@ -139,16 +139,20 @@ def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
 
 
 def _results(results: pd.DataFrame, training: str | None) -> dict:
-    labels = ["method"] + [name for name in list(LABELS)[1:] if results[name].nunique() > 1]
-    results = _in_order(results.assign(column=list(zip(results.level, results.metric, strict=True))), labels)
-    everyone = results[results.stratum == "all"]
-    others = FURTHER + sorted(set(results.column) - set(METRICS))
-    groups = [(name, rows) for name, rows in results.groupby("stratum") if name != "all"]
+    results = results.assign(column=list(zip(results.level, results.metric, strict=True)))
+    raw = results.postprocess.isin(["", "none"])
+    plain, steps = results[raw], results[~raw & (results.stratum == "all")]
+    labels = ["method"] + [name for name in list(LABELS)[1:] if plain[name].nunique() > 1]
+    plain = _in_order(plain, labels)
+    everyone = plain[plain.stratum == "all"]
+    others = FURTHER + sorted(set(plain.column) - set(METRICS))
+    groups = [(name, rows) for name, rows in plain.groupby("stratum") if name != "all"]
+    groups += [(f"post-processing:{name}", rows) for name, rows in steps.groupby("postprocess")]
     return {
         "main": _table(everyone, MAIN, labels),
         "further": _table(everyone, others, labels),
         "strata": [{"name": name.replace(":", ": "), "table": _table(rows, MAIN, labels)} for name, rows in groups],
-        "caption": _caption(results, labels, training),
+        "caption": _caption(plain, labels, training),
     }
 
 

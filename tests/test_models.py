@@ -9,6 +9,7 @@ from scipy import ndimage
 from skimage.metrics import structural_similarity
 
 from lib import models
+from lib.baselines import SLICE_LABELS
 from lib.errors import CourseError
 from lib.models import autoencoder
 from lib.models.detector import residual
@@ -43,6 +44,8 @@ def test_maps_are_finite_zero_outside_the_brain_and_of_the_right_shape(fitted, p
 
 
 def test_slice_scores_are_the_mean_of_the_highest_hundredth(fitted, prepared):
+    if fitted.name in SLICE_LABELS:
+        pytest.skip("it ranks slices by something else on purpose")
     subject = prepared.split("test")[-1]
     maps = np.random.default_rng(0).random(subject.brain.shape).astype(np.float32)
     scores = fitted.slice_scores(subject, maps)

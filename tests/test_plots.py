@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import metrics, plots
+from lib import evaluation, metrics, plots
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -69,7 +69,9 @@ def test_chance_is_the_prevalence():
 
 
 def test_froc_goes_by_rising_false_positives():
-    (axis,) = labelled(plots.froc({"ae": (np.array([5, 0, 1]), np.array([0.9, 0.1, 0.5]))}))
+    (axis,) = labelled(
+        plots.froc(pd.DataFrame([("ae", 0, 0.1), ("ae", 1, 0.5), ("ae", 5, 0.9)], columns=evaluation.FROC_COLUMNS))
+    )
     assert axis.lines[0].get_xdata().tolist() == [0, 1, 5]
     assert axis.lines[0].get_ydata().tolist() == [0.1, 0.5, 0.9]
     assert "per volume" in axis.get_xlabel()

@@ -306,7 +306,9 @@ def test_detectors_come_before_baselines_each_by_falling_ap(finished):
 
 
 def test_main_table_holds_all_patients_and_strata_are_folded(finished):
-    before, after = Page(finished / "index.html").text.split("By group of patients: load: small")
+    before, after = Page(finished / "index.html").text.split(
+        "By group of patients, and after post-processing: load: small"
+    )
     assert "0.107" not in before
     assert "0.107" in after
 
