@@ -79,11 +79,6 @@ def by_health(prepared: Cohort) -> dict[str, bool]:
     return {s.id: not s.healthy for s in prepared.subjects}
 
 
-def by_site(prepared: Cohort, site: str) -> dict[str, bool]:
-    """Label of each subject: True where it comes from this site."""
-    return {s.id: s.facts.get("site") == site for s in prepared.subjects}
-
-
 def auroc_interval(
     scores: np.ndarray, labels: np.ndarray, subjects: np.ndarray, seed: int = 0
 ) -> tuple[float, float, float]:

@@ -110,23 +110,6 @@ def most_lesion(subject: PreparedSubject) -> int:
     return int(mask.sum(axis=(1, 2)).argmax())
 
 
-def curves(counts: Mapping[str, Sequence[evaluation.SubjectCounts]]) -> Figure:
-    """Precision over recall, and recall over false-positive rate, of all test voxels inside the brain, by method."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for method, subjects in counts.items():
-        lesion, other = (sum(getattr(s, name) for s in subjects)[::-1].astype(float) for name in ("lesion", "other"))
-        hits, alarms = np.cumsum(lesion), np.cumsum(other)
-        precision = hits / np.maximum(hits + alarms, 1)
-        left.step(hits / hits[-1], precision, where="pre", label=method)
-        right.plot(alarms / alarms[-1], hits / hits[-1], label=method)
-    left.axhline(lesion.sum() / (lesion.sum() + other.sum()), color="grey", linestyle=":", label="chance")
-    left.set(xlabel="recall (share of lesion voxels found)", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    right.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    right.set(xlabel="false-positive rate inside the brain", ylabel="recall", xlim=(0, 1), ylim=(0, 1.02))
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    return figure
-
-
 def losses(histories: Mapping[str, "object"]) -> Figure:
     """Training and healthy validation loss by epoch, a curve a method, the epoch that was kept marked."""
     figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
@@ -194,7 +177,10 @@ def forest(differences: pd.DataFrame, unit: str) -> Figure:
 
 
 def curve_bands(counts: Mapping[str, Sequence[metrics.SubjectCounts]], seed: int = 0) -> Figure:
-    """`curves` with bands that hold 95 % of the curves of resampled test subjects."""
+    """Precision over recall, and recall over false-positive rate, of all test voxels inside the brain, by method.
+
+    Bands hold 95 % of the curves of resampled test subjects.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     grid = np.linspace(0, 1, 201)
     for method, subjects in counts.items():

@@ -64,10 +64,8 @@ def test_the_lesion_itself_cannot_be_what_is_found(prepared):
     np.testing.assert_array_equal(domain.features(subject), before)
 
 
-def test_labels_by_health_and_by_site(prepared):
+def test_labels_by_health(prepared):
     assert sum(domain.by_health(prepared).values()) == 12
-    prepared.subjects[0].facts["site"] = "scanner_a"
-    assert [name for name, there in domain.by_site(prepared, "scanner_a").items() if there] == [prepared.subjects[0].id]
 
 
 def test_the_interval_holds_scikit_learn_s_figure_and_does_not_heed_the_order():
