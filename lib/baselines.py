@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from lib import metrics, postprocessing
 from lib.cohort import Cohort, PreparedSubject
 from lib.models.detector import Detector, residual
 from lib.training import History, derived_seed
 
-MEDIAN_EDGE = 5  # voxels
 ATLAS_SHAPE = (48, 64, 56)  # slices, rows, columns of the box that every brain is scaled to
 ATLAS_SMOOTHING = 1.0  # standard deviation in voxels of that box
 BLUR = 3.0  # standard deviation in pixels
@@ -44,7 +44,8 @@ class IntensityMedian(Intensity):
     """The scan after a median over 5 × 5 × 5 voxels."""
 
     def maps(self, subject: PreparedSubject) -> np.ndarray:
-        return ndimage.median_filter(super().maps(subject), MEDIAN_EDGE) * subject.brain
+        code = metrics.codes(super().maps(subject).astype(np.float16))
+        return metrics.values_of(postprocessing.median(code, subject.brain)).astype(np.float32)
 
 
 class Blur(Detector):

@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -18,14 +18,15 @@ from scipy import ndimage
 
 from lib import ROOT, run_folder, volumes
 from lib.datasets import Subject
-from lib.errors import CourseError
+from lib.errors import CourseError, check_choice
 from lib.intake import LESION_FREE, Gathered, is_healthy
-from lib.preprocessing import Recipe, prepare
+from lib.preprocessing import OwnGrid, Recipe, prepare
 from lib.progress import bar
 
-FORMAT = 2
+FORMAT = 3
 LEAST_BRAIN = 0.05  # of a slice's square; emptier slices teach nothing
 GUARD = 2  # slices between a lesion and a slice that counts as lesion-free
+GRIDS = ("prepared", "scan")
 OPEN_ARRAYS = 300  # each mapped array holds a file open, and a process may have 1024
 
 
@@ -61,15 +62,16 @@ def announce(run: str, folder: Path, gathered: Gathered) -> None:
     volumes.write_bytes(run_folder(run) / "cohort.json", json.dumps(said, indent=1).encode())
 
 
-def of_run(run: str) -> "Cohort":
-    """The cohort that notebook 01 prepared for this run."""
+def of_run(run: str, grid: str = "prepared") -> "Cohort":
+    """The cohort that notebook 01 prepared for this run; `grid` as in Cohort."""
+    check_choice("grid", grid, GRIDS)
     try:
         said = json.loads((run_folder(run) / "cohort.json").read_bytes())
     except (OSError, ValueError) as error:
         raise CourseError(
             f"The run {run!r} has no prepared cohort.", "Run 01_preprocessing with this run's name first."
         ) from error
-    return open_cohort(ROOT / said["path"])
+    return replace(open_cohort(ROOT / said["path"]), grid=grid)
 
 
 def open_cohort(folder: Path) -> "Cohort":
@@ -129,6 +131,11 @@ class PreparedSubject:
         """Edges of a voxel in mm: column, row, slice."""
         return nibabel.affines.voxel_sizes(self.affine)
 
+    def own_grid(self) -> OwnGrid:
+        """Brain and lesion as the scan itself has them, before any resampling."""
+        with np.load(self.folder / "own_grid.npz", allow_pickle=False) as file:
+            return OwnGrid(file["brain"], file["lesion"], file["affine"])
+
     @cached_property
     def lesion_free(self) -> np.ndarray:
         """Slices with brain and at least GUARD slices between them and any lesion voxel, bool [slice]."""
@@ -140,11 +147,13 @@ class PreparedSubject:
 
 @dataclass(frozen=True)
 class Cohort:
-    """A prepared cohort: `manifest` as on disk, `subjects` in the order of their names."""
+    """A prepared cohort: `manifest` as on disk, `subjects` in the order of their names; `grid`: the voxels that are
+    judged, "prepared" or the "scan"'s own."""
 
     folder: Path
     manifest: dict
     subjects: tuple[PreparedSubject, ...]
+    grid: str = "prepared"
 
     @property
     def hash(self) -> str:
@@ -245,6 +254,7 @@ def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path) -> None:
     np.save(place / "image.npy", prepared.image.astype(np.float16))
     np.save(place / "brain.npy", prepared.brain)
     np.save(place / "lesion.npy", prepared.lesion)
+    np.savez_compressed(place / "own_grid.npz", **asdict(prepared.own))
     voxel_ml = abs(np.linalg.det(prepared.affine[:3, :3])) / 1000
     facts = {
         "affine": prepared.affine.tolist(),

@@ -3,7 +3,7 @@
 A scan-level claim between two groups is worth what it adds to this.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,15 +50,23 @@ def domain_classifier(
     """
     members = [s for s in prepared.subjects if s.id in groups]
     labels = np.array([groups[s.id] for s in members], bool)
-    if min(labels.sum(), (~labels).sum()) < LEAST:
+    scores = held_out_scores(members, labels, seed)
+    if scores is None:
         return None
     table = np.stack([features(s) for s in members])
     random = np.random.default_rng(derived_seed(seed, "domain"))
-    scores = _held_out(table, labels, seed)
     auroc, low, high = auroc_interval(scores, labels, np.arange(len(members)), seed)
     shuffled = [random.permutation(labels) for _ in range(permutations)]
     reached = sum(roc_auc_score(one, _held_out(table, one, seed)) >= auroc for one in shuffled)
     return DomainClassifier(auroc, low, high, (1 + reached) / (1 + permutations), len(labels), int(labels.sum()))
+
+
+def held_out_scores(members: Sequence[PreparedSubject], labels: Sequence[bool], seed: int = 0) -> np.ndarray | None:
+    """Scores for the label, float [subject], each subject held out once; None with fewer than 4 of either class."""
+    labels = np.asarray(labels, bool)
+    if min(labels.sum(), (~labels).sum()) < LEAST:
+        return None
+    return _held_out(np.stack([features(s) for s in members]), labels, seed)
 
 
 def features(subject: PreparedSubject) -> np.ndarray:

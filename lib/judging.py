@@ -1,6 +1,7 @@
 """Maps × truth → counts: a subject is read once, reduced to counts and a record, and forgotten.
 
-Each post-processing step has thresholds of its own, frozen on the healthy material of validation.
+Each post-processing step has thresholds of its own, frozen on the healthy material of validation. Steps work on the
+prepared grid, where maps are made; voxels are counted there or, if the cohort says so, on the scan's own grid.
 """
 
 import os
@@ -17,33 +18,67 @@ from lib import metrics, postprocessing, scoring
 from lib.cohort import Cohort, PreparedSubject
 from lib.errors import CourseError
 from lib.intake import LESION_FREE
-from lib.metrics import CODES, PROMISED_FPR, SubjectCounts, average_precision, codes, dice_at, threshold_code
+from lib.metrics import (
+    CODES,
+    PROMISED_FPR,
+    SubjectCounts,
+    average_precision,
+    codes,
+    dice_at,
+    threshold_code,
+    values_of,
+)
+from lib.preprocessing import OwnGrid
 
 LOOSE_FPR = 0.05  # share of healthy validation voxels above the second threshold
 PROMISED_ALARMS = 0.05  # share of healthy scans with more than 1 % of their voxels above the conformal threshold
 FEW = 4  # subjects, for which no process is worth its start
+PROMISED_SLICE_FPR = 0.05  # share of healthy validation slices above the slice threshold
+SQUARES_CUTOFF = 0.02  # of a slice's mean squared map, as fixed cut-offs in use have it
+SIGMAS = 2  # above the mean of the tested scan's own map
 SMALLEST_MM3 = 20.0  # smaller components are no detections
 FROC_SHARES = np.geomspace(1e-5, 0.1, 16)  # of the healthy validation voxels above each threshold of the curve
 
 
 @dataclass(frozen=True)
+class Ground:
+    """The voxels that are judged: brain, lesion and healthy material, bool [slice, row, column]; the volume of one;
+    `step` and `start`, [3], from their places to those of the map, None where these are the same."""
+
+    brain: np.ndarray
+    lesion: np.ndarray
+    healthy: np.ndarray
+    voxel_mm3: float
+    step: np.ndarray | None = None
+    start: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class Scored:
-    """A subject's map as codes uint16, its brain, lesion and healthy material bool, [slice, row, column] in the box of
-    the brain; scores and labels of the slices that have brain."""
+    """A subject's map as codes uint16 and the brain that it is of, [slice, row, column] in the box of the brain; the
+    voxels that are judged; of the slices that have brain the scores, the mean squares of the map over the whole square,
+    and whether they hold lesion and count as healthy."""
 
     subject: PreparedSubject
     code: np.ndarray
     brain: np.ndarray
-    lesion: np.ndarray
-    healthy: np.ndarray
+    ground: Ground
     slice_scores: np.ndarray
+    slice_squares: np.ndarray
     slice_labels: np.ndarray
+    slice_healthy: np.ndarray
+
+    def codes(self, step: str) -> np.ndarray:
+        """The map after a step, as codes of the voxels that are judged."""
+        after = postprocessing.scores(self.code, self.brain, step)
+        return after if self.ground.step is None else _resampled(after, self.brain, self.ground)
 
 
 @dataclass(frozen=True)
 class Frozen:
     """Thresholds (codes) that healthy validation material fixes: 1 % and 5 % of its voxels above, the conformal one
-    with the rate of false alarms it promises from `scans` healthy scans, and those of the FROC curve, falling."""
+    with the rate of false alarms it promises from `scans` healthy scans, and those of the FROC curve, falling; and the
+    slice score that 5 % of its slices exceed."""
 
     code: int
     loose: int
@@ -51,12 +86,13 @@ class Frozen:
     promise: float
     scans: int
     curve: tuple[int, ...]
+    slice_limit: float
 
 
 @dataclass(frozen=True)
 class Judged:
     """One subject under one method and step: its counts, its row of `patients.csv`, and [threshold; lesions found,
-    false components] along the FROC curve."""
+    found strictly, false components] along the FROC curve."""
 
     counts: SubjectCounts
     record: dict
@@ -70,10 +106,15 @@ def read(run: str, method: str, subject: PreparedSubject, cohort: Cohort) -> Sco
     usable = subject.lesion_free & (subject.healthy or cohort.training == LESION_FREE)
     box = ndimage.find_objects(brain.astype(np.int8))[0]
     inside, seen = brain[box], brain.any(axis=(1, 2))
+    if cohort.grid == "scan":
+        ground = _on_own_grid(subject.own_grid(), subject.affine, box, usable)
+    else:
+        ground = Ground(inside, inside & lesion[box], inside & usable[box[0], None, None], _voxel_mm3(subject.affine))
+    squares = np.square(anomaly_map, dtype=np.float32).mean(axis=(1, 2))
+    labels = lesion.any(axis=(1, 2))
     return Scored(
-        subject, codes(anomaly_map[box]), inside, inside & lesion[box], inside & usable[box[0], None, None],
-        slice_scores[seen], lesion.any(axis=(1, 2))[seen],
-    )  # fmt: skip
+        subject, codes(anomaly_map[box]), inside, ground, slice_scores[seen], squares[seen], labels[seen], usable[seen]
+    )
 
 
 def tested(run: str, method: str, cohort: Cohort) -> list[Callable[[], Scored]]:
@@ -81,54 +122,76 @@ def tested(run: str, method: str, cohort: Cohort) -> list[Callable[[], Scored]]:
     return [partial(read, run, method, s, cohort) for s in sorted(cohort.split("test"), key=lambda s: s.id)]
 
 
-def count(scored: Scored, code: np.ndarray | None = None) -> SubjectCounts:
-    """Counts inside the brain, of another map where `code` is given."""
-    inside = (scored.code if code is None else code)[scored.brain]
-    lesion, healthy = scored.lesion[scored.brain], scored.healthy[scored.brain]
-    counts = metrics.count(inside, lesion, ~lesion, healthy)
+def count(scored: Scored, code: np.ndarray) -> SubjectCounts:
+    """Counts inside the brain of a map's codes."""
+    ground = scored.ground
+    lesion, healthy = ground.lesion[ground.brain], ground.healthy[ground.brain]
+    counts = metrics.count(code[ground.brain], lesion, ~lesion, healthy)
     return SubjectCounts(scored.subject.id, scored.subject.healthy, *counts, scored.slice_scores, scored.slice_labels)
 
 
 def freeze(run: str, method: str, cohort: Cohort, steps: Sequence[str]) -> dict[str, Frozen]:
     """The thresholds of each step, from the healthy material of validation."""
-    scans = (read(run, method, subject, cohort) for subject, _ in cohort.healthy_material("validation"))
-    counts = [[_healthy(scan, step) for step in steps] for scan in scans]
-    return {step: _thresholds([of_scan[i] for of_scan in counts]) for i, step in enumerate(steps)}
+    counts, scores = [], []
+    for subject, _ in cohort.healthy_material("validation"):
+        scan = read(run, method, subject, cohort)
+        counts.append([np.bincount(scan.codes(step)[scan.ground.healthy], minlength=CODES) for step in steps])
+        scores.append(scan.slice_scores[scan.slice_healthy])
+    return {step: _thresholds([of_scan[i] for of_scan in counts], scores) for i, step in enumerate(steps)}
 
 
-def judge_all(
-    method: str, subjects: Sequence[Callable[[], Scored]], frozen: dict[str, Frozen]
-) -> list[dict[str, Judged]]:
+def judge_all(subjects: Sequence[Callable[[], Scored]], frozen: dict[str, Frozen]) -> list[dict[str, Judged]]:
     """`judge` of every subject, in processes where that is worth their start; a few subjects in memory at a time."""
     jobs = min(os.cpu_count() or 1, max(1, len(subjects) // FEW))
-    return Parallel(n_jobs=jobs, max_nbytes=None)(delayed(judge)(method, subject(), frozen) for subject in subjects)
+    return Parallel(n_jobs=jobs, max_nbytes=None)(delayed(judge)(subject(), frozen) for subject in subjects)
 
 
-def judge(method: str, scored: Scored, frozen: dict[str, Frozen]) -> dict[str, Judged]:
+def judge(scored: Scored, frozen: dict[str, Frozen]) -> dict[str, Judged]:
     """One subject after each step; the FROC curve is that of the map as it is."""
-    code, brain, lesion = scored.code, scored.brain, scored.lesion
-    scores = {step: postprocessing.scores(code, brain, step) for step in frozen}
-    masks = {step: postprocessing.detected(scores[step], brain, frozen[step].code, step) for step in frozen}
-    curve = ((code >= c) & brain for c in frozen["none"].curve)
-    found = metrics.lesion_counts(chain(masks.values(), curve), lesion, _smallest(scored.subject))
-    judged = {}
-    for (step, mask), (hits, false) in zip(masks.items(), found[: len(masks)], strict=True):
+    ground, scores = scored.ground, {step: scored.codes(step) for step in frozen}
+    masks = {step: _detection(scores[step], ground, frozen[step].code, step) for step in frozen}
+    curve = ((scores["none"] >= c) & ground.brain for c in frozen["none"].curve)
+    found = metrics.lesion_counts(chain(masks.values(), curve), ground.lesion, _voxels(SMALLEST_MM3, ground))
+    about, judged = _about(scored) | _slices(scored, frozen["none"]), {}
+    for (step, mask), (hits, strict, false) in zip(masks.items(), found[: len(masks)], strict=True):
         counted = count(scored, scores[step])
         record = {
-            "method": method, "postprocess": step, **_about(scored), **_scores(counted, frozen[step]),
-            **_detected(scored, mask), "lesion_lost": int((masks["none"] & ~mask & lesion).sum()),
-            "lesions_found": int(hits), "false_positives": int(false),
+            **about, **_scores(counted, frozen[step]),
+            **_detected(ground, mask), "lesion_lost": int((masks["none"] & ~mask & ground.lesion).sum()),
+            "lesions_found": int(hits), "lesions_found_strictly": int(strict), "false_positives": int(false),
         }  # fmt: skip
         judged[step] = Judged(counted, record, found[len(masks) :])
     return judged
 
 
-def _healthy(scored: Scored, step: str) -> np.ndarray:
-    code = postprocessing.scores(scored.code, scored.brain, step)
-    return np.bincount(code[scored.healthy], minlength=CODES)
+def _on_own_grid(own: OwnGrid, affine: np.ndarray, box: tuple[slice, ...], usable: np.ndarray) -> Ground:
+    """A scan's own voxels; those count as healthy whose place lies in a prepared slice that does."""
+    between = np.linalg.inv(affine) @ own.affine
+    step, start = np.diag(between)[2::-1], between[2::-1, 3]
+    slices = np.clip(np.round(start[0] + step[0] * np.arange(len(own.brain))).astype(int), 0, len(usable) - 1)
+    healthy = own.brain & usable[slices, None, None]
+    return Ground(own.brain, own.lesion, healthy, _voxel_mm3(own.affine), step, start - [s.start for s in box])
 
 
-def _thresholds(scans: list[np.ndarray]) -> Frozen:
+def _voxel_mm3(affine: np.ndarray) -> float:
+    return float(abs(np.linalg.det(affine[:3, :3])))
+
+
+def _resampled(code: np.ndarray, brain: np.ndarray, ground: Ground) -> np.ndarray:
+    """A map at the places that are judged, linearly between its voxels; at the edge of the brain from those inside."""
+    placed = {"matrix": ground.step, "offset": ground.start, "output_shape": ground.brain.shape, "order": 1,
+              "mode": "constant"}  # fmt: skip
+    values = ndimage.affine_transform(values_of(code).astype(np.float32) * brain, **placed)
+    weight = ndimage.affine_transform(brain.astype(np.float32), **placed)
+    return codes(np.divide(values, weight, out=np.zeros_like(values), where=weight > 1e-3))
+
+
+def _detection(code: np.ndarray, ground: Ground, threshold: int, step: str) -> np.ndarray:
+    smallest = _voxels(postprocessing.SMALLEST_MM3, ground)
+    return postprocessing.detected(code, ground.brain, threshold, step, smallest)
+
+
+def _thresholds(scans: list[np.ndarray], slice_scores: list[np.ndarray]) -> Frozen:
     scans = [s for s in scans if s.any()]
     if not scans:
         raise CourseError(
@@ -138,21 +201,32 @@ def _thresholds(scans: list[np.ndarray]) -> Frozen:
     pooled = np.sum(scans, axis=0)
     strict, promise = metrics.conformal([threshold_code(s) for s in scans], PROMISED_ALARMS)
     curve = tuple(threshold_code(pooled, share) for share in FROC_SHARES)
-    return Frozen(threshold_code(pooled), threshold_code(pooled, LOOSE_FPR), strict, promise, len(scans), curve)
+    code, loose = threshold_code(pooled), threshold_code(pooled, LOOSE_FPR)
+    limit = float(np.quantile(np.concatenate(slice_scores), 1 - PROMISED_SLICE_FPR))
+    return Frozen(code, loose, strict, promise, len(scans), curve, limit)
 
 
-def _smallest(subject: PreparedSubject) -> int:
-    """Voxels of the smallest component that counts as a detection."""
-    return int(np.ceil(SMALLEST_MM3 / np.prod(subject.voxel_mm)))
+def _voxels(mm3: float, ground: Ground) -> int:
+    return int(np.ceil(round(mm3 / ground.voxel_mm3, 6)))
 
 
 def _about(scored: Scored) -> dict:
-    subject, lesion = scored.subject, scored.lesion
-    voxel_ml = float(np.prod(subject.voxel_mm)) / 1000
+    subject, lesion = scored.subject, scored.ground.lesion
+    voxel_ml = scored.ground.voxel_mm3 / 1000
     return {
         "patient": subject.id, "healthy": subject.healthy, "site": subject.facts.get("site") or "",
         "kind": subject.facts.get("kind") or "", "lesion_ml": round(int(lesion.sum()) * voxel_ml, 3),
         "lesions": metrics.lesion_number(lesion),
+    }  # fmt: skip
+
+
+def _slices(scored: Scored, limits: Frozen) -> dict:
+    """Slices with and without lesion, and how many of either the frozen threshold and the cut-off call."""
+    rules = {"called": scored.slice_scores > limits.slice_limit, "above_cutoff": scored.slice_squares > SQUARES_CUTOFF}
+    ill = scored.slice_labels
+    return {"ill_slices": int(ill.sum()), "well_slices": int((~ill).sum())} | {
+        f"{kind}_slices_{name}": int((called & of_kind).sum())
+        for name, called in rules.items() for kind, of_kind in (("ill", ill), ("well", ~ill))
     }  # fmt: skip
 
 
@@ -164,19 +238,20 @@ def _scores(counts: SubjectCounts, limits: Frozen) -> dict:
     return {
         "ap": float(average_precision(counts.counts[0], counts.counts[1])),
         "dice_conformal": dice_at(counts, limits.conformal),
+        "dice_mean_sigma": dice_at(counts, metrics.own_threshold(counts, SIGMAS)),
         "sensitivity_at_fpr5": metrics.called(counts, limits.loose)[0] / size,
         "scan_score": metrics.scan_score(counts),
         "false_alarm": float(above > PROMISED_FPR * healthy.sum()) if healthy.any() else np.nan,
     }
 
 
-def _detected(scored: Scored, mask: np.ndarray) -> dict:
+def _detected(ground: Ground, mask: np.ndarray) -> dict:
     """Figures of the detection at the frozen threshold."""
-    lesion, healthy = scored.lesion, scored.healthy
+    lesion, healthy = ground.lesion, ground.healthy
     size, hits = int(lesion.sum()), int((mask & lesion).sum())
     return {
         "dice": 2 * hits / (int(mask.sum()) + size) if size else np.nan,
         "sensitivity_at_fpr1": hits / size if size else np.nan,
-        "lesion_voxels": size, "brain_voxels": int(scored.brain.sum()),
+        "lesion_voxels": size, "brain_voxels": int(ground.brain.sum()),
         "healthy_called": int((mask & healthy).sum()), "healthy_voxels": int(healthy.sum()),
     }  # fmt: skip

@@ -20,6 +20,7 @@ PART = 2**18  # voxels counted at a time
 CHUNK = 50  # resamples held in memory at a time
 GROUPS = 512  # steps of recall that a pooled curve has in its resamples
 TOUCHING = np.ones((3, 3, 3), bool)  # 26 neighbours
+STRICT = 0.1  # share of a lesion that finds it strictly
 FROC_POINTS = (0.25, 0.5, 1, 2, 4, 8)  # false positives per volume
 
 
@@ -70,10 +71,14 @@ def codes(anomaly_map: np.ndarray) -> np.ndarray:
     return bits
 
 
+def values_of(code: np.ndarray) -> np.ndarray:
+    """The float16 values of codes, uint16, of the same shape."""
+    return np.where(code & 0x8000, code & 0x7FFF, ~code).astype(np.uint16).view(np.float16)
+
+
 def value_of(code: int) -> float:
     """The float16 value of a code."""
-    bits = np.uint16(code & 0x7FFF) if code & 0x8000 else ~np.uint16(code)
-    return float(np.array(bits, np.uint16).view(np.float16))
+    return float(values_of(np.array(code, np.uint16)))
 
 
 def count(code: np.ndarray, *masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -136,6 +141,14 @@ def dice_at(subject: SubjectCounts, code: int) -> float:
     return float(2 * hits / (hits + alarms + size)) if size else float("nan")
 
 
+def own_threshold(subject: SubjectCounts, sigmas: float) -> int:
+    """The code of mean + `sigmas` standard deviations of the subject's own map inside the brain."""
+    voxels, values = subject.counts[:2].sum(axis=0), values_of(subject.values).astype(float)
+    mean = voxels @ values / voxels.sum()
+    spread = np.sqrt(voxels @ (values - mean) ** 2 / voxels.sum())
+    return int(codes(np.array([mean + sigmas * spread]))[0])
+
+
 def called(subject: SubjectCounts, code: int) -> tuple[int, int]:
     """How many lesion and how many other voxels reach a threshold."""
     reached = subject.counts[:2, np.searchsorted(subject.values, code) :].sum(axis=1)
@@ -160,10 +173,11 @@ def drop_small(mask: np.ndarray, smallest: int) -> np.ndarray:
 
 
 def lesion_counts(masks: Iterable[np.ndarray], lesion: np.ndarray, smallest: int = 1) -> np.ndarray:
-    """For each detection mask the lesions found and the false components, int [mask, 2].
+    """For each detection mask the lesions found by one voxel, those found by a tenth of theirs, and the false
+    components, int [mask, 3].
 
-    Components have 26 neighbours; those of fewer than `smallest` voxels are no detections. A lesion is found by one
-    voxel; a component is false where it does not touch the lesions dilated by one voxel.
+    Components have 26 neighbours; those of fewer than `smallest` voxels are no detections, and one is false where it
+    does not touch the lesions dilated by one voxel.
     """
     truth, _ = ndimage.label(lesion, TOUCHING)
     near = np.flatnonzero(ndimage.binary_dilation(lesion, TOUCHING))
@@ -234,13 +248,16 @@ def _around(exact: float, figures: tuple[float, float, float]) -> tuple[float, f
     return exact, low + exact - value, high + exact - value
 
 
-def _found_and_false(mask: np.ndarray, truth: np.ndarray, near: np.ndarray, smallest: int) -> tuple[int, int]:
+def _found_and_false(mask: np.ndarray, truth: np.ndarray, near: np.ndarray, smallest: int) -> tuple[int, int, int]:
     labels, _ = ndimage.label(mask, TOUCHING)
     labels = labels.ravel()
     large = np.bincount(labels) >= smallest
     large[0] = False
     kept = near[large[labels[near]]]
-    return len(np.unique(truth[kept][truth[kept] > 0])), int(large.sum()) - len(np.unique(labels[kept]))
+    sizes = np.bincount(truth[near])[1:]  # every lesion lies within the dilated ones
+    overlap = np.bincount(truth[kept], minlength=len(sizes) + 1)[1:]
+    false = int(large.sum()) - len(np.unique(labels[kept]))
+    return int((overlap > 0).sum()), int((overlap >= np.maximum(STRICT * sizes, 1)).sum()), false
 
 
 def _above(counts: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from lib.metrics import codes, drop_small
 STEPS = ("none", "median", "eroded", "components")
 MEDIAN_EDGE = 5  # voxels
 ERODED = 2  # pixels within the slice
-SMALLEST = 20  # voxels of a component that stays
+SMALLEST_MM3 = 160.0  # of a component that stays: 20 voxels of 2 mm
 ZERO = int(codes(np.zeros(1, np.float16))[0])
 CROSS = ndimage.generate_binary_structure(2, 1)[None]  # the four neighbours within a slice
 
@@ -24,21 +24,23 @@ def scores(code: np.ndarray, brain: np.ndarray, step: str) -> np.ndarray:
     "none" and "components" leave the map alone.
     """
     if step == "median":
-        return _median(code, brain)
+        return median(code, brain)
     if step == "eroded":
         inner = ndimage.binary_erosion(brain, CROSS, iterations=ERODED)
         return np.where(inner, code, np.uint16(ZERO))
     return code
 
 
-def detected(code: np.ndarray, brain: np.ndarray, threshold: int, step: str) -> np.ndarray:
-    """Voxels of the brain that reach a threshold, bool; "components" drops what has fewer than 20 voxels together."""
+def detected(code: np.ndarray, brain: np.ndarray, threshold: int, step: str, smallest: int) -> np.ndarray:
+    """Voxels of the brain that reach a threshold, bool; "components" drops what has fewer than `smallest` voxels
+    together."""
     mask = (code >= threshold) & brain
-    return drop_small(mask, SMALLEST) if step == "components" else mask
+    return drop_small(mask, smallest) if step == "components" else mask
 
 
-def _median(code: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """Exact, and only where there is brain: a slice's windows at a time."""
+def median(code: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """The median of codes over 5 × 5 × 5 voxels, the outside being 0; exact, and only where there is brain, a slice's
+    windows at a time."""
     edge, middle = MEDIAN_EDGE // 2, MEDIAN_EDGE**3 // 2
     padded = np.pad(code, edge, constant_values=ZERO).astype(np.int32)  # NumPy selects 32 bits fastest
     result = np.full(code.shape, ZERO, np.uint16)

@@ -44,12 +44,25 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class OwnGrid:
+    """The masks of a scan on its own grid, turned to right, anterior, superior and cut to the box of the brain.
+
+    `brain`, `lesion` bool [slice, row, column]; `affine` [4, 4] from (column, row, slice) to mm in RAS+.
+    """
+
+    brain: np.ndarray
+    lesion: np.ndarray
+    affine: np.ndarray
+
+
+@dataclass(frozen=True)
 class Prepared:
     """One subject on the prepared grid: axial slices, rows from back to front, columns from left to right.
 
     `image` float32 [modality, slice, row, column], 0 outside the brain; `brain`, `lesion` bool [slice, row, column];
     `affine` [4, 4] from (column, row, slice) to mm in RAS+; `scales`: what each modality was divided by;
-    `lesion_slices`: the slices that the scan's own lesion mask touches, also where it is lost on this grid.
+    `lesion_slices`: the slices that the scan's own lesion mask touches, also where it is lost on this grid;
+    `own`: the masks before any resampling.
     """
 
     image: np.ndarray
@@ -58,6 +71,7 @@ class Prepared:
     affine: np.ndarray
     scales: tuple[float, ...]
     lesion_slices: tuple[int, ...]
+    own: OwnGrid
 
 
 def prepare(scans: Mapping[str, Volume], lesion: Volume | None, recipe: Recipe) -> Prepared:
@@ -85,7 +99,8 @@ def prepare(scans: Mapping[str, Volume], lesion: Volume | None, recipe: Recipe) 
         grid = grid.only(most)
         image, brain, truth = image[:, keep], brain[keep], truth[keep]
     touched = grid.slices_of(own_truth)
-    return Prepared(image.astype(np.float32), brain, truth & brain, grid.affine, tuple(scales), touched)
+    own = grid.own_grid(inside, own_truth)
+    return Prepared(image.astype(np.float32), brain, truth & brain, grid.affine, tuple(scales), touched, own)
 
 
 def canonical(volume: Volume) -> Volume:
@@ -151,10 +166,18 @@ class _Grid:
 
     @property
     def affine(self) -> np.ndarray:
-        here = np.eye(4)
-        here[:3, :3] = np.diag(self.step)
-        here[:3, 3] = self.start
-        return self.scan_affine @ here
+        return self.scan_affine @ nibabel.affines.from_matvec(np.diag(self.step), self.start)
+
+    def own_grid(self, brain: np.ndarray, lesion: np.ndarray) -> OwnGrid:
+        """The scan's masks [i, j, k] in those of its slices that this grid covers."""
+        edges = self.start[2] + self.step[2] * (np.array([0, self.shape[2]]) - 0.5)
+        covered = np.zeros_like(brain)
+        first, last = np.clip(np.ceil(edges), 0, None).astype(int)
+        covered[:, :, first:last] = brain[:, :, first:last]
+        box = ndimage.find_objects(covered.astype(np.int8))[0]
+        affine = self.scan_affine @ nibabel.affines.from_matvec(np.eye(3), [s.start for s in box])
+        turned = (np.ascontiguousarray(mask[box].transpose(2, 1, 0)) for mask in (covered, lesion & covered))
+        return OwnGrid(*turned, affine)
 
     def only(self, number: int) -> "_Grid":
         start = self.start + self.step * (0, 0, number)

@@ -16,7 +16,7 @@ import numpy as np
 
 from lib import models, run_folder
 from lib.cohort import Cohort, PreparedSubject
-from lib.errors import CourseError
+from lib.errors import CourseError, check_least
 from lib.models.detector import Detector
 from lib.progress import bar
 from lib.training import History
@@ -27,9 +27,21 @@ DAMAGED = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.err
 
 
 def run_detector(
-    name: str, cohort: Cohort, run: str, *, device: str = "auto", seed: int = 0, **settings
+    name: str, cohort: Cohort, run: str, *, device: str = "auto", seed: int = 0, seeds: int = 1, **settings
 ) -> tuple[Detector, History]:
-    """Create, fit, save and score a detector; what this run holds already, of the same settings, is not made again."""
+    """Create, fit, save and score a detector; what this run holds already, of the same settings, is not made again.
+
+    With several `seeds` it is trained anew with each of seed + 1 …, under the names "ae@1" …; the first is returned.
+    """
+    check_least("seeds", seeds, 1)
+    for further in range(seed + 1, seed + seeds):
+        _run_training(f"{name}@{further}", cohort, run, device, further, settings)
+    return _run_training(name, cohort, run, device, seed, settings)
+
+
+def _run_training(
+    name: str, cohort: Cohort, run: str, device: str, seed: int, settings: dict
+) -> tuple[Detector, History]:
     detector = models.create(name, cohort.modalities, **settings)
     place = run_folder(run) / "models"
     with stage(run, name, "fit"):
@@ -78,6 +90,22 @@ def methods(run: str) -> list[str]:
     """Methods that have maps in this run, in the order of the table of detectors."""
     folder = run_folder(run) / "maps"
     return [name for name in models.DETECTORS if (folder / name).is_dir()]
+
+
+def trainings(run: str, method: str) -> list[str]:
+    """The names under which a method has maps in this run: its own, then those of its further seeds."""
+    further = (run_folder(run) / "maps").glob(f"{method}@*")
+    return [method, *sorted((path.name for path in further), key=lambda name: seed_of(name, 0))]
+
+
+def method_of(trained: str) -> str:
+    """The method of a training: "ae" of "ae@1"."""
+    return trained.partition("@")[0]
+
+
+def seed_of(trained: str, seed: int) -> int:
+    """The seed of a training: that after the "@", or the run's own."""
+    return int(trained.partition("@")[2] or seed)
 
 
 @contextmanager

@@ -70,6 +70,11 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def place(network: nn.Module, device: torch.device) -> None:
+    """Move a network to a device, in the layout that is fast there: the last digits depend on it."""
+    network.to(device, memory_format=torch.contiguous_format if native_bfloat16(device) else torch.channels_last)
+
+
 def mixed_precision(network: nn.Module, device: torch.device) -> Forward:
     """The network's call, in bfloat16 where that was measured to help (`python -m benchmarks.training`), float32 out.
 
@@ -106,7 +111,7 @@ def train(
     everything that the next one depends on goes to `checkpoint`; with `resume`, one of the same cohort, plan, seed and
     network goes on where it stopped, to the same end.
     """
-    network.to(device, memory_format=torch.contiguous_format if native_bfloat16(device) else torch.channels_last)
+    place(network, device)
     optimiser = torch.optim.Adam(network.parameters(), lr=plan.learning_rate)
     signature = json.dumps([cohort.hash, asdict(plan), seed, str(network)])
     state = _State(network, optimiser, checkpoint, signature)

@@ -40,13 +40,14 @@ def _subject(folder, random, split, healthy, modalities):
     image = np.repeat((np.clip(wave + 0.4 * lesion, 0, 1.5) * brain)[None], len(modalities), axis=0)
     for name, array in (("image", image.astype(np.float16)), ("brain", brain), ("lesion", lesion)):
         np.save(folder / f"{name}.npy", array)
+    np.savez(folder / "own_grid.npz", brain=brain, lesion=lesion, affine=np.diag([2, 2, 2, 1]))
     (folder / "facts.json").write_text("{}")
     return {
         "id": folder.name,
         "split": split,
         "healthy": healthy,
         "affine": np.diag([2, 2, 2, 1]).tolist(),
-        "scales": [1.0],
+        "scales": [1.0] * len(modalities),
         "shape": brain.shape,
         "lesion_slices": np.flatnonzero(lesion.any(axis=(1, 2))).tolist(),
     }

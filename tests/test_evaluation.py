@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import ndimage
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score
 
 import lib
-from lib import evaluation, judging, postprocessing, scoring
+from lib import evaluation, judging, metrics, postprocessing, scoring
 from lib.errors import CourseError
 from lib.intake import LESION_FREE
 from lib.models.detector import Detector
@@ -211,7 +211,7 @@ def test_too_few_healthy_scans_are_said_with_the_promise_they_support(judge):
 def test_enough_healthy_scans_promise_what_was_asked(judge):
     _, table = judge(graded, healthy=(1, 19, 1))
     row = found(table, "false_alarms_promised", "scan")
-    assert (row.value, row.note) == (evaluation.PROMISED_ALARMS, "")
+    assert (row.value, row.note) == (judging.PROMISED_ALARMS, "")
 
 
 def test_strata_by_load_kind_and_site_where_two_patients_share_them(judge, monkeypatch):
@@ -259,7 +259,9 @@ def test_slice_baselines_have_slice_figures_only(judged):
         scoring.run_detector(name, prepared, "run")
     table = evaluation.evaluate("run", prepared)
     rows = table[table.method.isin(["brain_area", "slice_index"])]
-    assert set(zip(rows.level, rows.metric, strict=True)) == {("slice", "auroc"), ("slice", "ap")}
+    assert set(rows.level) == {"slice"}
+    assert {"auroc", "ap", "balanced_accuracy"} <= set(rows.metric)
+    assert not set(evaluation.patients("run", prepared).method) & {"brain_area", "slice_index"}
     tested = prepared.split("test")
     seen = [s.brain.any(axis=(1, 2)) for s in tested]
     area = np.concatenate([s.brain.sum(axis=(1, 2))[b] for s, b in zip(tested, seen, strict=True)])
@@ -331,3 +333,108 @@ def test_processes_judge_as_one_does(judge, monkeypatch):
     monkeypatch.setattr(judging, "FEW", 100)
     judge(graded, patients=8)
     assert (lib.run_folder("run") / "results.csv").read_bytes() == alone
+
+
+def test_the_scan_s_own_grid_gives_the_same_figures_where_it_is_the_prepared_one(judge):
+    prepared, table = judge(graded)
+    own = evaluation.evaluate("run", replace(prepared, grid="scan"))
+    numbers = ["method", "postprocess", "stratum", "level", "metric", "value", "low", "high", "n"]
+    pd.testing.assert_frame_equal(own[numbers], table[numbers])
+    assert own.note.str.contains("own grid").all()
+
+
+def test_on_a_finer_grid_voxels_are_counted_there(judge):
+    prepared, coarse = judge(lambda s: ndimage.gaussian_filter(s.lesion.astype(float), 1))
+    for subject in prepared.subjects:
+        own = subject.own_grid()
+        twice = {k: np.repeat(getattr(own, k), 2, axis=2) for k in ("brain", "lesion")}
+        affine = own.affine @ np.diag([0.5, 1, 1, 1])
+        affine[0, 3] -= 0.5  # the first half voxel lies a quarter of 2 mm before the whole one's centre
+        np.savez(subject.folder / "own_grid.npz", affine=affine, **twice)
+    fine = evaluation.evaluate("run", replace(prepared, grid="scan"))
+    records = evaluation.patients("run", prepared).query("postprocess == 'none'").set_index("patient")
+    for subject in prepared.split("test"):
+        assert records.lesion_voxels[subject.id] == 2 * subject.lesion.sum()
+        assert records.lesion_ml[subject.id] == pytest.approx(subject.lesion.sum() * 8 / 1000)
+    assert found(fine, "ap").value == pytest.approx(found(coarse, "ap").value, abs=0.05)
+    assert found(fine, "ap").value != found(coarse, "ap").value
+    assert found(fine, "prevalence").value == pytest.approx(found(coarse, "prevalence").value)
+
+
+def test_maps_between_voxels_are_linear_and_the_edge_of_the_brain_stays_bright():
+    ramp = np.broadcast_to(np.linspace(0, 1, 9), (3, 4, 9)).astype(np.float16)
+    brain = np.ones(ramp.shape, bool)
+    brain[..., 7:] = False
+    fine = judging.Ground(np.ones((3, 4, 18), bool), *[np.zeros((3, 4, 18), bool)] * 2, 1.0,
+                          np.array([1, 1, 0.5]), np.array([0, 0, -0.25]))  # fmt: skip
+    values = metrics.values_of(judging._resampled(metrics.codes(ramp), brain, fine))
+    places = -0.25 + 0.5 * np.arange(18)
+    np.testing.assert_allclose(values[0, 0, 1:13], places[1:13] / 8, atol=1e-3)
+    assert values[0, 0, 13] == pytest.approx(6 / 8, abs=1e-3)  # beyond the last voxel of the brain: as that voxel
+    assert values[0, 0, 16] == 0
+
+
+def test_every_seed_has_rows_and_the_spread_stands_apart_from_the_interval(judged, monkeypatch):
+    prepared, _ = judged
+    scoring.run_detector("random", prepared, "run", seeds=3)
+    monkeypatch.setattr("lib.baselines.Random.maps", lambda self, s: s.brain * noise(s, self.name))
+    shutil.rmtree(lib.run_folder("run") / "maps" / "random@1")
+    shutil.rmtree(lib.run_folder("run") / "maps" / "random@2")
+    scoring.run_detector("random", prepared, "run", seeds=3)
+    table = evaluation.evaluate("run", prepared)
+    rows = table[(table.method == "random") & (table.metric == "ap") & (table.level == "voxel")]
+    rows = rows[(rows.postprocess == "none") & (rows.stratum == "all")]
+    assert list(rows.seed) == [0, 1, 2]
+    (spread,) = evaluation.seed_spread("run", prepared).itertuples()
+    assert spread.method == "random"
+    assert spread.mean == pytest.approx(rows.value.mean(), abs=1e-4)
+    assert spread.seed_sd == pytest.approx(rows.value.std(), abs=1e-4)
+    assert (spread.seeds, spread.n) == (3, 3)
+    assert scoring.methods("run") == ["empty", "random", "intensity"]
+    assert len(evaluation.paired_differences("run", prepared)) == 3
+
+
+def noise(subject, name):
+    return np.random.default_rng([int(subject.id[1:]), len(name), ord(name[-1])]).random(subject.brain.shape)
+
+
+def test_acquisition_alone_stands_beside_every_claim_on_scans(judge, monkeypatch):
+    original = made_cohort._subject
+
+    def louder(folder, random, split, healthy, modalities):
+        return original(folder, random, split, healthy, modalities) | {"scales": [1.0 if healthy else 3.0]}
+
+    monkeypatch.setattr(made_cohort, "_subject", louder)
+    monkeypatch.setattr("lib.models.family", lambda name: "autoencoder")
+    prepared, table = judge(graded, healthy=(1, 2, 15), patients=15)
+    row = table[(table.method == "domain_classifier") & (table.metric == "auroc")].iloc[0]
+    assert (row.level, row.family) == ("scan", "baseline")
+    assert row.value > 0.95
+    weak = table.assign(value=table.value.where(table.method == row.method, 0.5))
+    notes = evaluation._notes(weak, prepared)
+    said = {
+        key for key, note in zip(zip(table.level, table.metric, strict=True), notes, strict=True) if row.method in note
+    }
+    assert said == {("scan", "auroc"), ("scan", "ap")}
+
+
+def test_rules_in_use_are_rows_that_say_what_they_are(judge):
+    prepared, table = judge(graded)
+    tested = prepared.split("test")
+    seen = [s.brain.any(axis=(1, 2)) for s in tested]
+    pairs = [scoring.read_map("run", "intensity", s, prepared) for s in tested]
+    scores = np.concatenate([score[b] for (_, score), b in zip(pairs, seen, strict=True)])
+    squares = np.concatenate(
+        [(m.astype(float) ** 2).mean(axis=(1, 2))[b] for (m, _), b in zip(pairs, seen, strict=True)]
+    )
+    truth = np.concatenate([s.lesion.any(axis=(1, 2))[b] for s, b in zip(tested, seen, strict=True)])
+    healthy = np.concatenate([scoring.read_map("run", "intensity", s, prepared)[1][s.lesion_free]
+                              for s in prepared.split("validation")])  # fmt: skip
+    frozen = balanced_accuracy_score(truth, scores > np.quantile(healthy, 0.95))
+    assert found(table, "balanced_accuracy", "slice").value == pytest.approx(frozen, abs=1e-4)
+    cutoff = balanced_accuracy_score(truth, squares > judging.SQUARES_CUTOFF)
+    assert found(table, "balanced_accuracy_cutoff", "slice").value == pytest.approx(cutoff, abs=1e-4)
+    tuned = max(balanced_accuracy_score(truth, scores >= t) for t in scores)
+    assert found(table, "balanced_accuracy_youden", "slice").value == pytest.approx(tuned, abs=1e-4)
+    assert "these very labels" in found(table, "balanced_accuracy_youden", "slice").note
+    assert "tested scan itself" in found(table, "dice_mean_sigma").note

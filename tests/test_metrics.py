@@ -178,7 +178,27 @@ def two_lesions():
 
 
 def found(mask, lesion, **options):
-    return tuple(int(n) for n in metrics.lesion_counts([mask], lesion, **options)[0])
+    """Lesions found, and false components."""
+    any_voxel, strict, false = (int(n) for n in metrics.lesion_counts([mask], lesion, **options)[0])
+    assert strict <= any_voxel
+    return any_voxel, false
+
+
+def test_a_tenth_of_a_lesion_finds_it_strictly(two_lesions):
+    two_voxels, three_voxels = np.zeros_like(two_lesions), np.zeros_like(two_lesions)
+    two_voxels[3, 3, 2:4] = three_voxels[3, 3, 2:5] = True  # of 27
+    assert metrics.lesion_counts([two_voxels, three_voxels, two_lesions], two_lesions)[:, :2].tolist() == [
+        [1, 0], [1, 1], [2, 2],
+    ]  # fmt: skip
+
+
+def test_a_scan_s_own_threshold_is_its_mean_and_deviations():
+    random = np.random.default_rng(0)
+    values, truth = random.gamma(2, size=5000).astype(np.float16), random.random(5000) < 0.1
+    counted = metrics.count(metrics.codes(values), truth, ~truth, ~truth)
+    subject = metrics.SubjectCounts("s", False, *counted, np.zeros(0), np.zeros(0, bool))
+    limit = metrics.value_of(metrics.own_threshold(subject, 2))
+    assert limit == pytest.approx(values.astype(float).mean() + 2 * values.astype(float).std(), rel=1e-3)
 
 
 def test_lesions_found_and_false_components(two_lesions):

@@ -44,10 +44,10 @@ def test_components_keeps_twenty_voxels_and_drops_nineteen():
     mask[2, :2, :10] = True
     code = metrics.codes(mask.astype(np.float16))
     threshold = int(metrics.codes(np.ones(1, np.float16))[0])
-    found = postprocessing.detected(code, brain, threshold, "components")
+    found = postprocessing.detected(code, brain, threshold, "components", 20)
     assert found.sum() == 20
     assert not found[0].any()
-    assert postprocessing.detected(code, brain, threshold, "none").sum() == 39
+    assert postprocessing.detected(code, brain, threshold, "none", 20).sum() == 39
 
 
 def test_none_and_components_leave_the_map_alone(scan):
@@ -59,4 +59,4 @@ def test_none_and_components_leave_the_map_alone(scan):
 def test_nothing_outside_the_brain_is_detected(scan):
     _, code, brain = scan
     for step in postprocessing.STEPS:
-        assert not (postprocessing.detected(code, brain, 0, step) & ~brain).any()
+        assert not (postprocessing.detected(code, brain, 0, step, 20) & ~brain).any()

@@ -261,3 +261,27 @@ def median_ap(subject):
     prepared = prepare({"FLAIR": volumes.read(subject.scans["FLAIR"])}, lesion, Recipe())
     smooth = ndimage.median_filter(prepared.image[0] * prepared.brain, 5)
     return average_precision_score(prepared.lesion[prepared.brain], smooth[prepared.brain])
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS[::11], ids=str)
+def test_the_scan_s_own_masks_keep_every_voxel_in_its_place(orientation):
+    found, lesion = scans()
+    turned_scans, turned_lesion = {"FLAIR": turned(found["FLAIR"], orientation)}, turned(lesion, orientation)
+    prepared = prepare(turned_scans, turned_lesion, Recipe(**SMALL))
+    own = prepared.own
+    assert own.brain.sum() == brain_mask([found["FLAIR"].voxels]).sum()
+    assert own.lesion.sum() == (lesion.voxels > 0).sum()
+    centre = np.mean(np.argwhere(own.lesion)[:, ::-1], axis=0)
+    there = place_mm(lesion, np.mean(np.argwhere(lesion.voxels), axis=0))
+    np.testing.assert_allclose(nibabel.affines.apply_affine(own.affine, centre), there, atol=1e-3)
+    drawn = np.mean(np.argwhere(prepared.lesion)[:, ::-1], axis=0)
+    np.testing.assert_allclose(nibabel.affines.apply_affine(prepared.affine, drawn), there, atol=3)
+
+
+def test_of_one_slice_only_its_own_slices_are_kept():
+    found, lesion = scans(voxel_mm=4.0)
+    whole = prepare(found, lesion, Recipe(**SMALL))
+    single = prepare(found, lesion, Recipe(**SMALL, slices="largest"))
+    assert single.own.brain.shape[0] == 1
+    assert len(whole.own.brain) == len(whole.brain)
+    assert single.own.brain.sum() == max(whole.own.brain.sum(axis=(1, 2)))

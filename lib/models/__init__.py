@@ -22,10 +22,12 @@ DETECTORS = {
 
 
 def create(name: str, modalities: tuple[str, ...], **settings) -> Detector:
-    """A detector that is not fitted yet; `settings` are fields of its Settings."""
-    if name not in DETECTORS:
-        raise CourseError(f"There is no detector {name!r}.", f"Detectors are: {', '.join(DETECTORS)}.")
-    place, fixed = DETECTORS[name]
+    """A detector that is not fitted yet; `settings` are fields of its Settings. "ae@1" is `ae` under a name for its
+    training with seed 1."""
+    method = name.partition("@")[0]
+    if method not in DETECTORS:
+        raise CourseError(f"There is no detector {method!r}.", f"Detectors are: {', '.join(DETECTORS)}.")
+    place, fixed = DETECTORS[method]
     kind = resolve_name(place)
     return kind(name, modalities, kind.Settings(**(settings | fixed)))
 

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from lib.cohort import Cohort, PreparedSubject
 from lib.errors import CourseError
-from lib.training import Forward, History, choose_device, mixed_precision
+from lib.training import Forward, History, choose_device, mixed_precision, place
 from lib.volumes import write_bytes
 
 HIGHEST = 0.01  # share of a slice's brain whose mean is the slice's score
@@ -119,7 +119,7 @@ class SliceDetector(Detector):
     def to(self, device: str) -> None:
         """Move the network to a device by name; `auto` takes the best there is."""
         self.device = choose_device(device)
-        self.network.to(self.device)
+        place(self.network, self.device)
 
 
 def residual(image: torch.Tensor, expected: torch.Tensor, modalities: tuple[str, ...], kind: str) -> torch.Tensor:
