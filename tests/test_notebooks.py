@@ -115,6 +115,23 @@ def test_08_judges_every_method_by_the_contract(whole):
         assert value[method, "voxel", "dice"] <= value[method, "voxel", "dice_oracle"]
 
 
+def test_seeds_and_the_scan_s_own_grid_are_one_parameter_each(tree, whole):
+    few = ("-p", "03.epochs=1", "-p", "03.variants=", "-p", "08.baselines=intensity")
+    course(tree, "--run", "seeds", "-p", "seeds=2", "-p", "grid=scan", *few)
+    table = pd.read_csv(tree / "reports" / "seeds" / "results.csv", keep_default_na=False, na_values=[""])
+    assert set(table[table.method == "ae"].seed) == {0, 1}
+    assert table.note.str.contains("own grid").all()
+    said, _ = texts(tree / "reports" / "seeds", "08_comparison")
+    assert "seed_sd" in said
+    before = pd.read_csv(whole / "results.csv", keep_default_na=False, na_values=[""])
+    key = ["method", "postprocess", "stratum", "level", "metric", "seed"]
+    both = (
+        before.set_index(key).value.to_frame("prepared").join(table.set_index(key).value.to_frame("scan"), how="inner")
+    )
+    ap = both.loc["intensity", "none", "all", "voxel", "ap"]
+    assert ap.scan.item() == pytest.approx(ap.prepared.item(), abs=0.1)
+
+
 def test_times_are_kept_apart_from_results(whole):
     times = pd.read_csv(whole / "timings.csv", keep_default_na=False)
     assert {("03_conv_autoencoder", "ae", "fit"), ("08_comparison", "atlas_z", "maps")} <= set(
