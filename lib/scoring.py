@@ -80,6 +80,14 @@ def methods(run: str) -> list[str]:
     return [name for name in models.DETECTORS if (folder / name).is_dir()]
 
 
+def warnings(run: str, method: str) -> list[str]:
+    """What went wrong in the training of a method, in words; nothing where it went well or needs no training."""
+    try:
+        return json.loads((run_folder(run) / "models" / f"{method}.history.json").read_bytes()).get("warnings", [])
+    except (OSError, ValueError):
+        return []
+
+
 @contextmanager
 def stage(run: str, method: str, name: str):
     """Note seconds and this process's peak memory so far for a stage of a method in the run's log of times."""
