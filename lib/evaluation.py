@@ -39,14 +39,15 @@ def evaluate(run: str, cohort: Cohort, seed: int = 0) -> pd.DataFrame:
     over patients. A method that was trained with several seeds has rows for each of them. Raises CourseError where a
     subject, or a scan, stands in two splits."""
     _refuse_leaks(cohort)
-    rows, records, curves = _domain_rows(cohort, seed), [], []
+    rows, records, curves, warned = _domain_rows(cohort, seed), [], [], {}
     for method in scoring.methods(run):
         for trained in scoring.trainings(run, method):
             of_method, of_patients, of_curve = _evaluate_training(run, trained, cohort, seed)
             rows, records, curves = rows + of_method, records + of_patients, curves + of_curve
+            warned[method, scoring.seed_of(trained, seed)] = scoring.warnings(run, trained)
     order = ["method", "postprocess", "stratum", "level", "metric", "seed"]
     table = pd.DataFrame(rows, columns=COLUMNS).sort_values(order, ignore_index=True)
-    table["note"] = _notes(table, cohort)
+    table["note"] = _notes(table, cohort, warned)
     _write(run, "results.csv", table, "%.4f")
     _write(run, "patients.csv", pd.DataFrame(records), "%.6f")
     _write(run, "froc.csv", pd.DataFrame(curves, columns=FROC_COLUMNS), "%.6f")
@@ -228,9 +229,9 @@ def _write(run: str, name: str, table: pd.DataFrame, decimals: str) -> None:
     write_bytes(run_folder(run) / name, table.to_csv(index=False, float_format=decimals, lineterminator="\n").encode())
 
 
-def _notes(table: pd.DataFrame, cohort: Cohort) -> list[str]:
-    """Where a trivial baseline does as well as a model, its name; what cannot be promised; and what the healthy
-    material was."""
+def _notes(table: pd.DataFrame, cohort: Cohort, warned: dict[tuple[str, int], list[str]]) -> list[str]:
+    """Where a trivial baseline does as well as a model, its name; what cannot be promised; what went wrong in training;
+    and what the healthy material was."""
     material = f"healthy material: {cohort.training}" if cohort.training == LESION_FREE else ""
     grid = "judged on the scan's own grid" if cohort.grid == "scan" else ""
     same = ["postprocess", "stratum", "level", "metric"]
@@ -243,7 +244,8 @@ def _notes(table: pd.DataFrame, cohort: Cohort) -> list[str]:
         beaten = row.family != "baseline" and value >= row.value
         said = row.note if isinstance(row.note, str) else ""
         outdone = f"{rival} does as well or better" if beaten else ""
-        notes.append("; ".join(filter(None, [said, outdone, material, grid])))
+        went_wrong = warned.get((row.method, row.seed), [])
+        notes.append("; ".join(filter(None, [said, outdone, *went_wrong, material, grid])))
     return notes
 
 

@@ -108,6 +108,14 @@ def seed_of(trained: str, seed: int) -> int:
     return int(trained.partition("@")[2] or seed)
 
 
+def warnings(run: str, method: str) -> list[str]:
+    """What went wrong in the training of a method, in words; nothing where it went well or needs no training."""
+    try:
+        return json.loads((run_folder(run) / "models" / f"{method}.history.json").read_bytes()).get("warnings", [])
+    except (OSError, ValueError):
+        return []
+
+
 @contextmanager
 def stage(run: str, method: str, name: str):
     """Note seconds and this process's peak memory so far for a stage of a method in the run's log of times."""

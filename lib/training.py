@@ -6,7 +6,7 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,10 +41,12 @@ class Plan:
 
 @dataclass
 class History:
-    """What training did, a row an epoch: `epoch`, `train` and `validation` losses, `seconds`, `seconds_per_step`."""
+    """What training did, a row an epoch: `epoch`, `train` and `validation` losses, `seconds`, `seconds_per_step`; and
+    in words what went wrong without stopping it."""
 
     rows: list[dict] = field(default_factory=list)
     stopped_early: bool = False
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def best_epoch(self) -> int:
@@ -114,7 +116,7 @@ def train(
     place(network, device)
     optimiser = torch.optim.Adam(network.parameters(), lr=plan.learning_rate)
     signature = json.dumps([cohort.hash, asdict(plan), seed, str(network)])
-    state = _State(network, optimiser, checkpoint, signature)
+    state = State(network, [optimiser], checkpoint, signature)
     if not (resume and state.restore()):
         torch.manual_seed(derived_seed(seed, "steps"))
     slices, watched = cohort.slices("train"), cohort.slices("validation")
@@ -155,7 +157,7 @@ def _epoch(network, optimiser, loss: Loss, slices: Slices, plan: Plan, seed: int
     started, total, times = time.perf_counter(), 0.0, []
     for part in order.split(plan.batch_size):
         step_started = time.perf_counter()
-        batch = augment(_batch(slices, part.tolist(), device), random)
+        batch = augment(batch_of(slices, part.tolist(), device), random)
         value = loss(forward, batch)
         optimiser.zero_grad(set_to_none=True)
         value.backward()
@@ -175,21 +177,24 @@ def _validate(network, loss: Loss, slices: Slices, plan: Plan, device) -> float:
     network.eval()
     forward, total = mixed_precision(network, device), 0.0
     for part in torch.arange(len(slices)).split(plan.batch_size):
-        total += loss(forward, _batch(slices, part.tolist(), device)).item() * len(part)
+        total += loss(forward, batch_of(slices, part.tolist(), device)).item() * len(part)
     return total / len(slices)
 
 
-def _batch(slices: Slices, numbers: list[int], device) -> Batch:
+def batch_of(slices: Slices, numbers: list[int], device: torch.device) -> Batch:
+    """Slices by their numbers as one batch on the device."""
     items = [slices[i] for i in numbers]
     return {key: torch.from_numpy(np.stack([item[key] for item in items])).to(device) for key in ("image", "brain")}
 
 
-class _State:
-    """All that the next epoch depends on, in memory and in the checkpoint."""
+class State:
+    """All that the next epoch depends on, in memory and in the checkpoint: the network whose best weights are kept,
+    `others` that have a state of their own (optimisers, networks), and `shown`, a tensor an epoch to look at."""
 
-    def __init__(self, network: nn.Module, optimiser: torch.optim.Optimizer, path: Path, signature: str):
-        self.network, self.optimiser, self.path, self.signature = network, optimiser, path, signature
+    def __init__(self, network: nn.Module, others: Sequence, path: Path, signature: str):
+        self.network, self.others, self.path, self.signature = network, others, path, signature
         self.history = History()
+        self.shown: list[torch.Tensor] = []
         self.best = _copied(network)
 
     def waited(self) -> int:
@@ -200,8 +205,9 @@ class _State:
         self.history.rows.append(row)
         if self.history.best_epoch == row["epoch"]:
             self.best = _copied(self.network)
-        kept = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict(), "best": self.best}
+        kept = {"network": self.network.state_dict(), "others": [other.state_dict() for other in self.others]}
         kept |= {"signature": self.signature, "rows": self.history.rows, "random": torch.get_rng_state()}
+        kept |= {"best": self.best, "shown": self.shown}
         content = io.BytesIO()
         torch.save(kept, content)
         write_bytes(self.path, content.getvalue())
@@ -215,12 +221,13 @@ class _State:
             if kept["signature"] != self.signature:
                 return False
             self.network.load_state_dict(kept["network"])
-            self.optimiser.load_state_dict(kept["optimiser"])
+            for other, its in zip(self.others, kept["others"], strict=True):
+                other.load_state_dict(its)
         except (RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise CourseError(
                 f"The checkpoint {self.path} is damaged.", "Delete it and start again with --resume."
             ) from error
-        self.best, self.history.rows = kept["best"], kept["rows"]
+        self.best, self.history.rows, self.shown = kept["best"], kept["rows"], kept["shown"]
         torch.set_rng_state(kept["random"])
         return True
 

@@ -411,7 +411,7 @@ def test_acquisition_alone_stands_beside_every_claim_on_scans(judge, monkeypatch
     assert (row.level, row.family) == ("scan", "baseline")
     assert row.value > 0.95
     weak = table.assign(value=table.value.where(table.method == row.method, 0.5))
-    notes = evaluation._notes(weak, prepared)
+    notes = evaluation._notes(weak, prepared, {})
     said = {
         key for key, note in zip(zip(table.level, table.metric, strict=True), notes, strict=True) if row.method in note
     }
@@ -438,3 +438,12 @@ def test_rules_in_use_are_rows_that_say_what_they_are(judge):
     assert found(table, "balanced_accuracy_youden", "slice").value == pytest.approx(tuned, abs=1e-4)
     assert "these very labels" in found(table, "balanced_accuracy_youden", "slice").note
     assert "tested scan itself" in found(table, "dice_mean_sigma").note
+
+
+def test_what_went_wrong_in_training_is_said_in_every_row_of_the_method(judged):
+    prepared, _ = judged
+    history = lib.run_folder("run") / "models" / "random.history.json"
+    history.write_text('{"warnings": ["the samples collapse"]}')
+    table = evaluation.evaluate("run", prepared)
+    assert table[table.method == "random"].note.str.contains("the samples collapse").all()
+    assert not table[table.method == "intensity"].note.str.contains("collapse").any()

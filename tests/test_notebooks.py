@@ -17,7 +17,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "brats"
 SLICES_ONLY = {"brain_area", "slice_index"}
-METHODS = {"ae", "ae_dense", "ae_ssim", "empty", "random", "intensity", "intensity_median", "atlas_z", "blur"}
+ADVERSARIAL = {"gan", "anogan", "f_anogan", "ganomaly"}
+METHODS = ADVERSARIAL | {
+    "ae", "ae_dense", "ae_ssim", "empty", "random", "intensity", "intensity_median", "atlas_z", "blur"
+}  # fmt: skip
 INTENSITY_MEDIAN = {
     "BRATS_HG0015": 0.89, "BraTS-GLI-00000-000": 0.76, "BraTS19_2013_2_1": 0.70, "BraTS19_2013_3_1": 0.38,
     "BraTS2021_00006": 0.98, "Brats18_2013_24_1": 0.88, "VSD_54512": 0.94, "brats_2013_pat0002_1": 0.94,
@@ -65,7 +68,7 @@ def texts(folder, name):
 def test_the_report_says_what_ran(whole):
     record = json.loads((whole / "run.json").read_text())
     assert record["status"] == "done"
-    assert [n["status"] for n in record["notebooks"].values()] == ["done"] * 3
+    assert [n["status"] for n in record["notebooks"].values()] == ["done"] * 4
     assert all(n["seconds"] > 0 and n["peak_memory_gb"] > 0 for n in record["notebooks"].values())
     page = (whole / "index.html").read_text()
     for word in ("intensity_median", "ae_dense", "embedded", "not for diagnosis", "torch"):
@@ -83,6 +86,21 @@ def test_01_prepares_a_cohort_and_shows_it(whole):
     assert {s["split"] for s in manifest["subjects"] if not s["healthy"]} == {"test"}
     assert manifest["recipe"]["size"] == 48
     assert np.load(whole / "largest_slice.npy").shape == (256, 256)
+
+
+def test_02_plays_searches_and_writes_models_and_maps(whole):
+    said, pictures = texts(whole, "02_anogan")
+    assert "Trained gan, anogan, f_anogan, ganomaly" in said
+    assert "at once take" in said
+    assert pictures >= 11
+    fall = int(said.partition("From a random start, the loss falls by ")[2].partition(" %")[0])
+    assert fall >= 10  # the tiny profile's players hardly learn
+    assert float(said.partition("Their losses differ by ")[2].partition(" %")[0]) < 2
+    for name in ADVERSARIAL:
+        assert (whole / "models" / f"{name}.safetensors").exists()
+        assert len(list((whole / "maps" / name).iterdir())) == len(list((whole / "maps" / "ae").iterdir()))
+    rows = [json.loads((whole / "models" / f"{name}.history.json").read_text()) for name in ("gan", "anogan")]
+    assert rows[0]["rows"] == rows[1]["rows"]  # one game, played once
 
 
 def test_03_trains_and_writes_models_and_maps(whole):

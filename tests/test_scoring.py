@@ -69,6 +69,15 @@ def test_finished_maps_are_not_made_again(prepared, monkeypatch):
     assert made == [prepared.split("test")[1].id]
 
 
+def test_warnings_of_a_training_are_read_back_and_elsewhere_there_are_none(prepared):
+    scoring.run_detector("intensity", prepared, "run")
+    assert scoring.warnings("run", "intensity") == []
+    assert scoring.warnings("run", "missing") == []
+    path = lib.run_folder("run") / "models" / "intensity.history.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": ["the samples collapse"]}))
+    assert scoring.warnings("run", "intensity") == ["the samples collapse"]
+
+
 def test_times_are_noted_by_method_and_stage(prepared, monkeypatch):
     monkeypatch.setenv("COURSE_NOTEBOOK", "08_comparison")
     scoring.run_detector("intensity", prepared, "run")

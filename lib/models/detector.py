@@ -16,7 +16,7 @@ from lib.training import Forward, History, choose_device, mixed_precision, place
 from lib.volumes import write_bytes
 
 HIGHEST = 0.01  # share of a slice's brain whose mean is the slice's score
-MAP_BATCH = 64
+MAP_BATCH = 96
 LESION_SIGN = {"FLAIR": 1, "T2": 1, "PD": 1, "T1": -1}  # bright or dark; elsewhere lesions are both
 
 
