@@ -17,8 +17,14 @@ from lib.models.detector import residual
 SMALL = {"epochs": 2, "width": 8, "code": 2}
 
 
+TINY = {
+    "single_ae": {"epochs": 2},
+    "single_anogan": {"rounds": 1, "steps": 2, "search_steps": 2},
+}
+
+
 def settings_of(name):
-    return SMALL if name.startswith("ae") else {}
+    return SMALL if name.startswith("ae") else TINY.get(name, {})
 
 
 @pytest.fixture(scope="module")

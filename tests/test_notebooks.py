@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "brats"
 SLICES_ONLY = {"brain_area", "slice_index"}
 METHODS = {"ae", "ae_dense", "ae_ssim", "empty", "random", "intensity", "intensity_median", "atlas_z", "blur"}
+METHODS |= {"mirror", "single_masked", "single_similarity", "single_ensemble"}
 INTENSITY_MEDIAN = {
     "BRATS_HG0015": 0.89, "BraTS-GLI-00000-000": 0.76, "BraTS19_2013_2_1": 0.70, "BraTS19_2013_3_1": 0.38,
     "BraTS2021_00006": 0.98, "Brats18_2013_24_1": 0.88, "VSD_54512": 0.94, "brats_2013_pat0002_1": 0.94,
@@ -65,7 +66,7 @@ def texts(folder, name):
 def test_the_report_says_what_ran(whole):
     record = json.loads((whole / "run.json").read_text())
     assert record["status"] == "done"
-    assert [n["status"] for n in record["notebooks"].values()] == ["done"] * 3
+    assert [n["status"] for n in record["notebooks"].values()] == ["done"] * 4
     assert all(n["seconds"] > 0 and n["peak_memory_gb"] > 0 for n in record["notebooks"].values())
     page = (whole / "index.html").read_text()
     for word in ("intensity_median", "ae_dense", "embedded", "not for diagnosis", "torch"):
@@ -93,6 +94,15 @@ def test_03_trains_and_writes_models_and_maps(whole):
         rows = json.loads((whole / "models" / f"{name}.history.json").read_text())["rows"]
         assert rows[-1]["train"] < rows[0]["train"]
         assert (whole / "models" / f"{name}.safetensors").exists()
+
+
+def test_07_maps_each_scan_alone_and_pairs_the_methods(whole):
+    said, pictures = texts(whole, "07_single_scan")
+    assert "methods on" in said
+    assert "No scan was given." in said
+    assert pictures >= 16
+    for name in ("mirror", "single_masked", "single_similarity", "single_ensemble"):
+        assert len(list((whole / "maps" / name).iterdir())) >= 5
 
 
 def test_08_judges_every_method_by_the_contract(whole):
