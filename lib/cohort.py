@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from scipy import ndimage
 from lib import ROOT, run_folder, volumes
 from lib.datasets import Subject
 from lib.errors import CourseError, check_choice
-from lib.intake import LESION_FREE, Gathered, is_healthy
+from lib.intake import LESION_FREE, Gathered, examine, is_healthy
 from lib.preprocessing import OwnGrid, Recipe, prepare
 from lib.progress import bar
 
@@ -48,6 +48,27 @@ def prepare_cohort(gathered: Gathered, recipe: Recipe) -> Path:
         manifest = json.dumps(_manifest(identity, gathered, recipe, folder), indent=1)
         volumes.write_bytes(folder / "manifest.json", manifest.encode())
     return folder
+
+
+def prepare_scan(scans: Mapping[str, Path], recipe: Recipe) -> "PreparedSubject":
+    """Prepare one person's brain-extracted scans outside any cohort, without a lesion mask, named after the first file.
+
+    `scans`: the file of each of the recipe's modalities. Kept in `data/prepared/scans`; raises CourseError that lists
+    what the examination finds wrong with the files.
+    """
+    name = Path(scans[recipe.modalities[0]]).name.partition(".nii")[0]
+    subject = Subject(name, {m: Path(scans[m]) for m in recipe.modalities})
+    record = examine((subject,), recipe.modalities, recipe.size * recipe.pixel_mm)[name]
+    if record["problems"]:
+        raise CourseError("\n".join(what for what, _ in record["problems"]), record["problems"][0][1])
+    content = json.dumps([FORMAT, asdict(recipe), name, record["identity"]], sort_keys=True)
+    folder = ROOT / "data" / "prepared" / "scans" / hashlib.sha256(content.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / name / "facts.json").exists():
+        _prepare_subject(subject, recipe, folder)
+    facts = json.loads((folder / name / "facts.json").read_bytes())
+    about = {"id": name, "split": "", "healthy": False, "modality": "+".join(recipe.modalities)}
+    return PreparedSubject.load(folder / name, about | facts)
 
 
 def announce(run: str, folder: Path, gathered: Gathered) -> None:

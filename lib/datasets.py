@@ -85,6 +85,15 @@ def parse_modalities(text: str) -> tuple[str, ...]:
     return tuple(known[name.lower()] for name in names)
 
 
+def modality_of(path: Path) -> str:
+    """The modality that a scan's name ends in, as `_flair.nii.gz`; CourseError where it ends in none."""
+    match = _BRATS_NAME.fullmatch(f"_{Path(path).name}")
+    found = _BRATS_ENDINGS[match[1].lower()] if match else "lesion"
+    if found == "lesion":
+        raise CourseError(f"The name of {path} does not end in a modality.", f"Name it: {', '.join(MODALITIES)}.")
+    return found
+
+
 def split(loads: Mapping[str, float], shares=PATIENT_SHARES, seed: int = 0) -> dict[str, str]:
     """Give every subject one of train, validation, test, each with its share of every lesion load.
 

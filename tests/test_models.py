@@ -18,16 +18,18 @@ SMALL = {"epochs": 2, "width": 8, "code": 2}
 
 
 QUICK_GAN = {"epochs": 1, "width": 8, "latent": 8}
-ADVERSARIAL = {
+FEW_STEPS = {
     "gan": QUICK_GAN,
     "anogan": QUICK_GAN | {"steps": 5, "restarts": 2},
     "f_anogan": QUICK_GAN | {"encoder_epochs": 1},
     "ganomaly": QUICK_GAN,
+    "single_ae": {"epochs": 2},
+    "single_anogan": {"rounds": 1, "steps": 2, "search_steps": 2},
 }
 
 
 def settings_of(name):
-    return SMALL if name.startswith("ae") else ADVERSARIAL.get(name, {})
+    return SMALL if name.startswith("ae") else FEW_STEPS.get(name, {})
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ ADVERSARIAL = {"gan", "anogan", "f_anogan", "ganomaly"}
 METHODS = ADVERSARIAL | {
     "ae", "ae_dense", "ae_ssim", "empty", "random", "intensity", "intensity_median", "atlas_z", "blur"
 }  # fmt: skip
+METHODS |= {"mirror", "single_masked", "single_similarity", "single_ensemble"}
 INTENSITY_MEDIAN = {
     "BRATS_HG0015": 0.89, "BraTS-GLI-00000-000": 0.76, "BraTS19_2013_2_1": 0.70, "BraTS19_2013_3_1": 0.38,
     "BraTS2021_00006": 0.98, "Brats18_2013_24_1": 0.88, "VSD_54512": 0.94, "brats_2013_pat0002_1": 0.94,
@@ -111,6 +112,15 @@ def test_03_trains_and_writes_models_and_maps(whole):
         rows = json.loads((whole / "models" / f"{name}.history.json").read_text())["rows"]
         assert rows[-1]["train"] < rows[0]["train"]
         assert (whole / "models" / f"{name}.safetensors").exists()
+
+
+def test_07_maps_each_scan_alone_and_pairs_the_methods(whole):
+    said, pictures = texts(whole, "07_single_scan")
+    assert "methods on" in said
+    assert "No scan was given." in said
+    assert pictures >= 16
+    for name in ("mirror", "single_masked", "single_similarity", "single_ensemble"):
+        assert len(list((whole / "maps" / name).iterdir())) >= 5
 
 
 def test_08_judges_every_method_by_the_contract(whole):

@@ -1,0 +1,66 @@
+"""What single-scan methods find, each patient's scan on its own: `python -m benchmarks.single_scan --data DIR`.
+
+Mean over patients of the voxel average precision inside the brain with its 95 % bootstrap interval, and the paired
+difference to `intensity_median` on the same patients. Nothing is trained on other scans, so every patient is tested.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from lib import cohort, intake, models, single_scan
+from lib.cohort import PreparedSubject
+from lib.preprocessing import Recipe
+
+BASELINE = "intensity_median"
+QUICK = ("empty", "intensity", BASELINE, "mirror", "single_masked", "single_similarity", "single_ensemble")
+SLOW = ("single_ae", "single_anogan")
+
+
+def patients(data: str, modality: str) -> list[PreparedSubject]:
+    """Every subject of a folder with a lesion, prepared as the course does."""
+    folder = cohort.prepare_cohort(intake.gather(data, modalities=modality), Recipe(modalities=(modality,)))
+    return [s for s in cohort.open_cohort(folder).subjects if s.lesion.any()]
+
+
+def measured(subjects: list[PreparedSubject], modality: str, names: tuple[str, ...]) -> pd.DataFrame:
+    """A row a method: mean AP and difference to the baseline, with intervals, and seconds of processor time a scan."""
+    found, seconds = {}, {}
+    for name in names:
+        detector, started = models.create(name, (modality,)), time.process_time()
+        found[name] = {s.id: single_scan.precision(s, detector.maps(s)) for s in subjects}
+        seconds[name] = (time.process_time() - started) / len(subjects)
+    table = single_scan.against(found, BASELINE)
+    return table.assign(seconds=pd.Series(seconds), modality=modality)
+
+
+def show(table: pd.DataFrame) -> None:
+    print(f"{table.modality.iloc[0]}, {table.n.iloc[0]} patients: mean voxel AP, and difference to {BASELINE}")
+    print(f"{'':>20}{'AP':>7}{'95 % interval':>16}{'difference':>12}{'95 % interval':>18}{'s CPU':>8}")
+    for r in table.itertuples():
+        own = f"{r.ap_low:.3f} to {r.ap_high:.3f}"
+        gap = f"{r.difference_low:+.3f} to {r.difference_high:+.3f}"
+        print(f"{r.Index:>20}{r.ap:7.3f}{own:>16}{r.difference:+12.3f}{gap:>18}{r.seconds:8.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="", metavar="DIR", help="scans with lesion masks; none: the embedded cohort")
+    parser.add_argument("--modality", default="FLAIR", help="modalities joined by commas, each on its own")
+    parser.add_argument("--quick", action="store_true", help="without the two that train networks")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    given = parser.parse_args()
+    names, tables = QUICK + (() if given.quick else SLOW), []
+    for modality in given.modality.split(","):
+        tables.append(measured(patients(given.data, modality), modality, names))
+        show(tables[-1])
+    if given.json:
+        rows = pd.concat(tables).rename_axis("method").reset_index().to_dict("records")
+        given.json.write_text(json.dumps({"rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
