@@ -1,6 +1,9 @@
 """Unsupervised anomaly detection in brain MRI: the library that the course's notebooks share."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall beside any other program
 
 ROOT = Path(__file__).resolve().parents[1]
 

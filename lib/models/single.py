@@ -15,6 +15,7 @@ from skimage.measure import block_reduce
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
+from lib import metrics, postprocessing
 from lib.cohort import PreparedSubject
 from lib.errors import check_choice, check_least
 from lib.models.detector import LESION_SIGN, Detector
@@ -23,7 +24,6 @@ from lib.models.mirror import Mirror, Plane, Scan, reflect, sided, smoother
 CELL_MM = 4.0
 ALL_AROUND = np.array([d for d in np.ndindex(3, 3, 3) if d != (1, 1, 1)]) - 1
 HALF = 0.5  # share of brain that makes a cell one of the brain
-MEDIAN_EDGE = 5  # voxels
 LEARNT = 3  # every so manieth cell is learnt from
 RIDGE = 1.0  # penalty on squared weights, in units of squared intensity summed over cells
 
@@ -207,7 +207,8 @@ class SidedMedian(Detector):
     def maps(self, subject: PreparedSubject) -> np.ndarray:
         scan, sides = Scan.of(subject), []
         for one, modality in zip(scan.image, self.modalities, strict=True):
-            smooth = ndimage.median_filter(one, MEDIAN_EDGE)
+            code = postprocessing.median(metrics.codes(one), scan.brain)
+            smooth = metrics.values_of(code).astype(np.float32)
             inside = smooth[scan.brain]
             floor = {1: 0.0, -1: inside.max()}.get(LESION_SIGN.get(modality), np.median(inside))
             sides.append(abs(smooth - floor))

@@ -46,8 +46,12 @@ class OneScan(Detector):
 
     def maps(self, subject: PreparedSubject) -> np.ndarray:
         image, brain = halved(subject)
-        expected = self.redraw(image, brain, derived_seed(0, self.name, subject.id)) * brain[:, None]
-        far = residual(image, expected, self.modalities, "signed")
+        return self.compare(subject, self.redraw(image, brain, derived_seed(0, self.name, subject.id)))
+
+    def compare(self, subject: PreparedSubject, redrawn: torch.Tensor) -> np.ndarray:
+        """The map of a subject whose halved slices were redrawn so, [slice, modality, row, column]."""
+        image, brain = halved(subject)
+        far = residual(image, redrawn * brain[:, None], self.modalities, "signed")
         return enlarged(far, subject.brain.shape) * np.asarray(subject.brain)
 
     def redraw(self, image: torch.Tensor, brain: torch.Tensor, seed: int) -> torch.Tensor:
@@ -140,12 +144,10 @@ class SingleAnoGAN(OneScan):
 
     def redraw(self, image: torch.Tensor, brain: torch.Tensor, seed: int) -> torch.Tensor:
         s = self.settings
-        tiles = to_tiles(image)
-        seen = to_tiles(brain[:, None].float()).flatten(1).any(dim=1)
+        tiles, seen = brain_tiles(image, brain)
         generator, discriminator, _ = learn_gan(tiles[seen], s, seed)
-        drawn = torch.zeros_like(tiles)
-        drawn[seen], _ = search(generator, discriminator, tiles[seen], s, seed)
-        return from_tiles(drawn, image.shape)
+        drawn, _ = search(generator, discriminator, tiles[seen], s, seed)
+        return from_tiles(drawn, image.shape, seen)
 
 
 @one_thread()
@@ -260,10 +262,17 @@ def to_tiles(image: torch.Tensor) -> torch.Tensor:
     return parts.permute(0, 2, 3, 1, 4, 5).reshape(-1, image.shape[1], PATCH, PATCH).contiguous()
 
 
-def from_tiles(patches: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The slices that patches were cut from, [slice, channel, row, column]."""
+def brain_tiles(image: torch.Tensor, brain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All patches of slices and which of them hold brain, bool [patch]."""
+    return to_tiles(image), to_tiles(brain[:, None].float()).flatten(1).any(dim=1)
+
+
+def from_tiles(patches: torch.Tensor, shape: torch.Size, seen: torch.Tensor) -> torch.Tensor:
+    """The slices that patches were cut from, [slice, channel, row, column], 0 where a patch was not `seen`."""
     slices, channels, rows, columns = shape
-    parts = patches.reshape(slices, rows // PATCH, columns // PATCH, channels, PATCH, PATCH)
+    whole = patches.new_zeros(len(seen), *patches.shape[1:])
+    whole[seen] = patches
+    parts = whole.reshape(slices, rows // PATCH, columns // PATCH, channels, PATCH, PATCH)
     return parts.permute(0, 3, 1, 4, 2, 5).reshape(shape)
 
 
