@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lib.cohort import Cohort, Slices
 from lib.errors import CourseError, check_least
@@ -26,17 +27,34 @@ ROTATION_DEGREES = 10
 @dataclass(frozen=True)
 class Plan:
     """How long and how fast: at most `epochs` passes over the training slices in batches of `batch_size`, Adam at
-    `learning_rate`, stopped after `patience` epochs without a lower validation loss."""
+    `learning_rate`, stopped after `patience` epochs without a lower validation loss.
+
+    `cosine`: the learning rate falls to 0 along a cosine over all epochs; `averaging`: the exponential mean of the
+    weights, which keeps this share of itself at a step, is what is validated and kept (0: the weights themselves);
+    `steps`: an epoch ends after so many (0: with the last slice), and validation takes no more, evenly spaced.
+    """
 
     epochs: int
     batch_size: int
     learning_rate: float
     patience: int
+    cosine: bool = False
+    averaging: float = 0.0
+    steps: int = 0
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "patience"):
             check_least(name, getattr(self, name), 1)
         check_least("learning_rate", self.learning_rate, 0)
+        check_least("steps", self.steps, 0)
+
+    def rate(self, done: float) -> float:
+        """The learning rate after a share of all epochs."""
+        return self.learning_rate * ((1 + math.cos(math.pi * done)) / 2 if self.cosine else 1)
+
+    def steps_of(self, slices: int) -> int:
+        """Steps of an epoch over so many slices."""
+        return min(math.ceil(slices / self.batch_size), self.steps or slices)
 
 
 @dataclass
@@ -58,6 +76,7 @@ class History:
 Batch = dict[str, torch.Tensor]
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Loss = Callable[[Forward, Batch], torch.Tensor]
+Corrupt = Callable[[Batch, torch.Generator, str], Batch]
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -102,31 +121,35 @@ def derived_seed(seed: int, *names) -> int:
 
 def train(
     network: nn.Module, loss: Loss, cohort: Cohort, plan: Plan, *, checkpoint: Path, seed: int, device: torch.device,
-    resume: bool = True,
+    resume: bool = True, corrupt: Corrupt | None = None,
 ) -> History:  # fmt: skip
     """Train on the healthy slices of train until those of validation stop improving; the best weights are kept.
 
     `loss(forward, batch)` is the mean loss of a batch on the device, a dict of `image` float32 [batch, modality, row,
-    column] and `brain` bool [batch, row, column]; `forward` calls the network in mixed precision. After each epoch
-    everything that the next one depends on goes to `checkpoint`; with `resume`, one of the same cohort, plan, seed and
-    network goes on where it stopped, to the same end.
+    column] and `brain` bool [batch, row, column]; `forward` calls the network in mixed precision. `corrupt(batch,
+    random, split)` is what the loss gets instead; on validation it finds `random` in the same state every time. After
+    each epoch everything that the next one depends on goes to `checkpoint`; with `resume`, one of the same cohort,
+    plan, seed and network goes on where it stopped, to the same end.
     """
+    corrupt = corrupt or (lambda batch, random, split: batch)
     place(network, device)
     optimiser = torch.optim.Adam(network.parameters(), lr=plan.learning_rate)
     signature = json.dumps([cohort.hash, asdict(plan), seed, str(network)])
-    state = _State(network, optimiser, checkpoint, signature)
+    state = _State(network, optimiser, plan.averaging, checkpoint, signature)
     if not (resume and state.restore()):
         torch.manual_seed(derived_seed(seed, "steps"))
     slices, watched = cohort.slices("train"), cohort.slices("validation")
-    steps = math.ceil(len(slices) / plan.batch_size)
+    steps = plan.steps_of(len(slices))
     with bar(
         total=plan.epochs * steps, initial=len(state.history.rows) * steps, what=checkpoint.stem, unit="step"
     ) as progress:
         for epoch in range(len(state.history.rows), plan.epochs):
             if state.waited() >= plan.patience:
                 break
-            row = _epoch(network, optimiser, loss, slices, plan, derived_seed(seed, "epoch", epoch), device, progress)
-            row |= {"epoch": epoch, "validation": _validate(network, loss, watched, plan, device)}
+            random = torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch))
+            row = _epoch(state, loss, corrupt, slices, plan, random, device, progress)
+            random = torch.Generator().manual_seed(derived_seed(seed, "validation"))
+            row |= {"epoch": epoch, "validation": _validate(state, loss, corrupt, watched, plan, random, device)}
             state.keep(row)
             progress.set_postfix_str(f"loss {row['train']:.4f}, validation {row['validation']:.4f}")
     network.load_state_dict(state.best)
@@ -147,36 +170,37 @@ def augment(batch: Batch, random: torch.Generator) -> Batch:
     return {"image": image * brain[:, None], "brain": brain}
 
 
-def _epoch(network, optimiser, loss: Loss, slices: Slices, plan: Plan, seed: int, device, progress) -> dict:
-    random = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(slices), generator=random)
-    network.train()
-    forward = mixed_precision(network, device)
+def _epoch(state: "_State", loss: Loss, corrupt: Corrupt, slices: Slices, plan: Plan, random, device, progress) -> dict:
+    epoch, steps = len(state.history.rows), plan.steps_of(len(slices))
+    order = torch.randperm(len(slices), generator=random)[: steps * plan.batch_size]
+    state.network.train()
+    forward = mixed_precision(state.network, device)
     started, total, times = time.perf_counter(), 0.0, []
-    for part in order.split(plan.batch_size):
+    for step, part in enumerate(order.split(plan.batch_size)):
         step_started = time.perf_counter()
         batch = augment(_batch(slices, part.tolist(), device), random)
-        value = loss(forward, batch)
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        optimiser.step()
+        value = loss(forward, corrupt(batch, random, "train"))
+        state.step(value, plan.rate((epoch + step / steps) / plan.epochs))
         total += value.item() * len(part)
         times.append(time.perf_counter() - step_started)
         progress.update()
     return {
-        "train": total / len(slices),
+        "train": total / len(order),
         "seconds": time.perf_counter() - started,
         "seconds_per_step": float(np.median(times)),
     }
 
 
 @torch.inference_mode()
-def _validate(network, loss: Loss, slices: Slices, plan: Plan, device) -> float:
-    network.eval()
+def _validate(state: "_State", loss: Loss, corrupt: Corrupt, slices: Slices, plan: Plan, random, device) -> float:
+    network = state.mean.module.eval()
     forward, total = mixed_precision(network, device), 0.0
-    for part in torch.arange(len(slices)).split(plan.batch_size):
-        total += loss(forward, _batch(slices, part.tolist(), device)).item() * len(part)
-    return total / len(slices)
+    most = plan.steps_of(len(slices)) * plan.batch_size
+    order = torch.arange(0, len(slices), math.ceil(len(slices) / most))
+    for part in order.split(plan.batch_size):
+        batch = corrupt(_batch(slices, part.tolist(), device), random, "validation")
+        total += loss(forward, batch).item() * len(part)
+    return total / len(order)
 
 
 def _batch(slices: Slices, numbers: list[int], device) -> Batch:
@@ -187,10 +211,22 @@ def _batch(slices: Slices, numbers: list[int], device) -> Batch:
 class _State:
     """All that the next epoch depends on, in memory and in the checkpoint."""
 
-    def __init__(self, network: nn.Module, optimiser: torch.optim.Optimizer, path: Path, signature: str):
+    def __init__(
+        self, network: nn.Module, optimiser: torch.optim.Optimizer, averaging: float, path: Path, signature: str
+    ):
         self.network, self.optimiser, self.path, self.signature = network, optimiser, path, signature
+        self.mean = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(averaging))
         self.history = History()
         self.best = _copied(network)
+
+    def step(self, value: torch.Tensor, rate: float) -> None:
+        """Down the gradient of a loss."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        self.optimiser.step()
+        self.mean.update_parameters(self.network)
 
     def waited(self) -> int:
         """Epochs since the lowest validation loss."""
@@ -199,9 +235,10 @@ class _State:
     def keep(self, row: dict) -> None:
         self.history.rows.append(row)
         if self.history.best_epoch == row["epoch"]:
-            self.best = _copied(self.network)
+            self.best = _copied(self.mean.module)
         kept = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict(), "best": self.best}
         kept |= {"signature": self.signature, "rows": self.history.rows, "random": torch.get_rng_state()}
+        kept |= {"mean": self.mean.state_dict()}
         content = io.BytesIO()
         torch.save(kept, content)
         write_bytes(self.path, content.getvalue())
@@ -215,6 +252,7 @@ class _State:
             if kept["signature"] != self.signature:
                 return False
             self.network.load_state_dict(kept["network"])
+            self.mean.load_state_dict(kept["mean"])
             self.optimiser.load_state_dict(kept["optimiser"])
         except (RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise CourseError(

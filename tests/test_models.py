@@ -15,9 +15,12 @@ from lib.models import autoencoder
 from lib.models.detector import residual
 
 SMALL = {"epochs": 2, "width": 8, "code": 2}
+CORRUPTED = ("dae", "synthetic_lesions", "synthetic_restoration")
 
 
 def settings_of(name):
+    if name in CORRUPTED:
+        return {"epochs": 2, "width": 8}
     return SMALL if name.startswith("ae") else {}
 
 
