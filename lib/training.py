@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lib.cohort import Cohort, Slices
 from lib.errors import CourseError, check_least
@@ -26,17 +27,34 @@ ROTATION_DEGREES = 10
 @dataclass(frozen=True)
 class Plan:
     """How long and how fast: at most `epochs` passes over the training slices in batches of `batch_size`, Adam at
-    `learning_rate`, stopped after `patience` epochs without a lower validation loss."""
+    `learning_rate`, stopped after `patience` epochs without a lower validation loss.
+
+    `cosine`: the learning rate falls to 0 along a cosine over all epochs; `averaging`: the exponential mean of the
+    weights, which keeps this share of itself at a step, is what is validated and kept (0: the weights themselves);
+    `steps`: an epoch ends after so many (0: with the last slice), and validation takes no more, evenly spaced.
+    """
 
     epochs: int
     batch_size: int
     learning_rate: float
     patience: int
+    cosine: bool = False
+    averaging: float = 0.0
+    steps: int = 0
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "patience"):
             check_least(name, getattr(self, name), 1)
         check_least("learning_rate", self.learning_rate, 0)
+        check_least("steps", self.steps, 0)
+
+    def rate(self, done: float) -> float:
+        """The learning rate after a share of all epochs."""
+        return self.learning_rate * ((1 + math.cos(math.pi * done)) / 2 if self.cosine else 1)
+
+    def steps_of(self, slices: int) -> int:
+        """Steps of an epoch over so many slices."""
+        return min(math.ceil(slices / self.batch_size), self.steps or slices)
 
 
 @dataclass
@@ -60,6 +78,7 @@ class History:
 Batch = dict[str, torch.Tensor]
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Loss = Callable[[Forward, Batch], torch.Tensor]
+Corrupt = Callable[[Batch, torch.Generator, str], Batch]
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -104,34 +123,40 @@ def derived_seed(seed: int, *names) -> int:
 
 def train(
     network: nn.Module, loss: Loss, cohort: Cohort, plan: Plan, *, checkpoint: Path, seed: int, device: torch.device,
-    resume: bool = True,
+    resume: bool = True, corrupt: Corrupt | None = None,
 ) -> History:  # fmt: skip
     """Train on the healthy slices of train until those of validation stop improving; the best weights are kept.
 
     `loss(forward, batch)` is the mean loss of a batch on the device, a dict of `image` float32 [batch, modality, row,
-    column] and `brain` bool [batch, row, column]; `forward` calls the network in mixed precision. After each epoch
-    everything that the next one depends on goes to `checkpoint`; with `resume`, one of the same cohort, plan, seed and
-    network goes on where it stopped, to the same end.
+    column] and `brain` bool [batch, row, column]; `forward` calls the network in mixed precision. `corrupt(batch,
+    random, split)` is what the loss gets instead; on validation it finds `random` in the same state every time. After
+    each epoch everything that the next one depends on goes to `checkpoint`; with `resume`, one of the same cohort,
+    plan, seed and network goes on where it stopped, to the same end.
     """
+    corrupt = corrupt or (lambda batch, random, split: batch)
     place(network, device)
     optimiser = torch.optim.Adam(network.parameters(), lr=plan.learning_rate)
+    mean = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(plan.averaging))
     signature = json.dumps([cohort.hash, asdict(plan), seed, str(network)])
-    state = State(network, [optimiser], checkpoint, signature)
+    state = State(mean, [network, optimiser], checkpoint, signature)
     if not (resume and state.restore()):
         torch.manual_seed(derived_seed(seed, "steps"))
     slices, watched = cohort.slices("train"), cohort.slices("validation")
-    steps = math.ceil(len(slices) / plan.batch_size)
+    steps = plan.steps_of(len(slices))
     with bar(
         total=plan.epochs * steps, initial=len(state.history.rows) * steps, what=checkpoint.stem, unit="step"
     ) as progress:
         for epoch in range(len(state.history.rows), plan.epochs):
             if state.waited() >= plan.patience:
                 break
-            row = _epoch(network, optimiser, loss, slices, plan, derived_seed(seed, "epoch", epoch), device, progress)
-            row |= {"epoch": epoch, "validation": _validate(network, loss, watched, plan, device)}
+            random = torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch))
+            row = _epoch(state, loss, corrupt, slices, plan, random, device, progress)
+            random = torch.Generator().manual_seed(derived_seed(seed, "validation"))
+            row |= {"epoch": epoch, "validation": _validate(mean.module, loss, corrupt, watched, plan, random, device)}
             state.keep(row)
             progress.set_postfix_str(f"loss {row['train']:.4f}, validation {row['validation']:.4f}")
-    network.load_state_dict(state.best)
+    mean.load_state_dict(state.best)
+    network.load_state_dict(mean.module.state_dict())
     state.history.stopped_early = len(state.history.rows) < plan.epochs
     return state.history
 
@@ -149,36 +174,48 @@ def augment(batch: Batch, random: torch.Generator) -> Batch:
     return {"image": image * brain[:, None], "brain": brain}
 
 
-def _epoch(network, optimiser, loss: Loss, slices: Slices, plan: Plan, seed: int, device, progress) -> dict:
-    random = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(slices), generator=random)
+def _epoch(state: "State", loss: Loss, corrupt: Corrupt, slices: Slices, plan: Plan, random, device, progress) -> dict:
+    epoch, steps = len(state.history.rows), plan.steps_of(len(slices))
+    network, optimiser = state.others
+    order = torch.randperm(len(slices), generator=random)[: steps * plan.batch_size]
     network.train()
     forward = mixed_precision(network, device)
     started, total, times = time.perf_counter(), 0.0, []
-    for part in order.split(plan.batch_size):
+    for step, part in enumerate(order.split(plan.batch_size)):
         step_started = time.perf_counter()
-        batch = augment(batch_of(slices, part.tolist(), device), random)
+        batch = corrupt(augment(batch_of(slices, part.tolist(), device), random), random, "train")
         value = loss(forward, batch)
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        optimiser.step()
+        _step(optimiser, value, plan.rate((epoch + step / steps) / plan.epochs))
+        state.network.update_parameters(network)
         total += value.item() * len(part)
         times.append(time.perf_counter() - step_started)
         progress.update()
     return {
-        "train": total / len(slices),
+        "train": total / len(order),
         "seconds": time.perf_counter() - started,
         "seconds_per_step": float(np.median(times)),
     }
 
 
+def _step(optimiser: torch.optim.Optimizer, value: torch.Tensor, rate: float) -> None:
+    """Down the gradient of a loss."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.zero_grad(set_to_none=True)
+    value.backward()
+    optimiser.step()
+
+
 @torch.inference_mode()
-def _validate(network, loss: Loss, slices: Slices, plan: Plan, device) -> float:
+def _validate(network, loss: Loss, corrupt: Corrupt, slices: Slices, plan: Plan, random, device) -> float:
     network.eval()
     forward, total = mixed_precision(network, device), 0.0
-    for part in torch.arange(len(slices)).split(plan.batch_size):
-        total += loss(forward, batch_of(slices, part.tolist(), device)).item() * len(part)
-    return total / len(slices)
+    most = plan.steps_of(len(slices)) * plan.batch_size
+    order = torch.arange(0, len(slices), math.ceil(len(slices) / most))
+    for part in order.split(plan.batch_size):
+        batch = corrupt(batch_of(slices, part.tolist(), device), random, "validation")
+        total += loss(forward, batch).item() * len(part)
+    return total / len(order)
 
 
 def batch_of(slices: Slices, numbers: list[int], device: torch.device) -> Batch:

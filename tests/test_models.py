@@ -15,6 +15,7 @@ from lib.models import autoencoder
 from lib.models.detector import residual
 
 SMALL = {"epochs": 2, "width": 8, "code": 2}
+CORRUPTED = ("dae", "synthetic_lesions", "synthetic_restoration")
 
 
 QUICK_GAN = {"epochs": 1, "width": 8, "latent": 8}
@@ -29,6 +30,8 @@ FEW_STEPS = {
 
 
 def settings_of(name):
+    if name in CORRUPTED:
+        return {"epochs": 2, "width": 8}
     return SMALL if name.startswith("ae") else FEW_STEPS.get(name, {})
 
 

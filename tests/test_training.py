@@ -158,6 +158,58 @@ def test_augmentation_of_nothing_is_the_identity(monkeypatch):
         assert torch.allclose(before, after, atol=1e-4) or torch.allclose(before.flip(-1), after, atol=1e-4)
 
 
+def test_the_learning_rate_falls_along_a_cosine_or_stays():
+    plan = Plan(10, 8, 1e-2, 3, cosine=True)
+    assert [plan.rate(done) for done in (0, 0.5, 1)] == pytest.approx([1e-2, 5e-3, 0])
+    assert Plan(10, 8, 1e-2, 3).rate(0.9) == 1e-2
+
+
+def test_what_is_kept_is_the_mean_of_the_weights_where_that_is_asked_for(prepared, tmp_path, monkeypatch):
+    walked, original = [], training._State.step
+
+    def step(state, value, rate):
+        original(state, value, rate)
+        walked.append(state.network[0].weight.detach().clone())
+
+    monkeypatch.setattr(training._State, "step", step)
+    net = network()
+    training.train(
+        net, loss, prepared, Plan(1, 8, 1e-2, 3, averaging=0.8), checkpoint=tmp_path / "c", seed=1, device=CPU
+    )
+    mean = walked[0]
+    for weight in walked[1:]:
+        mean = 0.8 * mean + 0.2 * weight
+    assert torch.allclose(net[0].weight, mean, atol=1e-6)
+    assert not torch.allclose(net[0].weight, walked[-1], atol=1e-4)
+
+
+def test_an_epoch_ends_after_so_many_steps(prepared, tmp_path):
+    batches = []
+    plan = Plan(2, 8, 1e-2, 3, steps=2)
+    corrupt = lambda batch, random, split: batches.append((split, batch["image"])) or batch  # noqa: E731
+    training.train(network(), loss, prepared, plan, checkpoint=tmp_path / "c", seed=1, device=CPU, corrupt=corrupt)
+    taught = [image for split, image in batches if split == "train"]
+    assert [len(image) for image in taught] == [8] * 4
+    assert not torch.equal(taught[0], taught[2])
+    validated = [image for split, image in batches if split == "validation"]
+    assert len(prepared.slices("validation")) > 16
+    assert sum(len(image) for image in validated) == 2 * len(range(0, len(prepared.slices("validation")), 2))
+
+
+def test_corruption_repeats_on_validation_and_goes_on_in_training(prepared, tmp_path):
+    drawn = {"train": [], "validation": []}
+
+    def corrupt(batch, random, split):
+        drawn[split].append(float(torch.rand(1, generator=random)))
+        return batch
+
+    plan = Plan(2, 8, 1e-2, 3)
+    training.train(network(), loss, prepared, plan, checkpoint=tmp_path / "c", seed=1, device=CPU, corrupt=corrupt)
+    half = len(drawn["validation"]) // 2
+    assert drawn["validation"][:half] == drawn["validation"][half:]
+    assert len(set(drawn["train"])) == len(drawn["train"])
+
+
 def test_devices_are_chosen_or_refused():
     assert training.choose_device("cpu").type == "cpu"
     assert training.choose_device("auto").type in ("cpu", "cuda", "mps")
