@@ -181,10 +181,10 @@ def test_a_killed_training_resumes_to_the_same_weights(name, tmp_path, monkeypat
         return detector, detector.fit(cohort, out=tmp_path / folder, device="cpu")
 
     whole, history = fitted("whole")
-    steps, original = [], training._State.step
+    steps, original = [], training._step
     with monkeypatch.context() as patch:
-        patch.setattr(training._State, "step", lambda *a: steps.append(1) or original(*a))
-        patch.setattr(training._State, "keep", dying(training._State.keep))
+        patch.setattr(training, "_step", lambda *a: steps.append(1) or original(*a))
+        patch.setattr(training.State, "keep", dying(training.State.keep))
         with pytest.raises(Killed):
             fitted("killed")
         assert steps

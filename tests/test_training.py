@@ -108,7 +108,7 @@ def test_it_stops_after_patience_and_keeps_the_best_weights(prepared, tmp_path):
     assert history.stopped_early
     assert history.best_epoch == 1
     kept = torch.load(tmp_path / "c", weights_only=True)["best"]
-    assert all(torch.equal(kept[key], value) for key, value in net.state_dict().items())
+    assert all(torch.equal(kept[f"module.{key}"], value) for key, value in net.state_dict().items())
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(prepared, tmp_path):
@@ -165,13 +165,13 @@ def test_the_learning_rate_falls_along_a_cosine_or_stays():
 
 
 def test_what_is_kept_is_the_mean_of_the_weights_where_that_is_asked_for(prepared, tmp_path, monkeypatch):
-    walked, original = [], training._State.step
+    walked, original = [], training._step
 
-    def step(state, value, rate):
-        original(state, value, rate)
-        walked.append(state.network[0].weight.detach().clone())
+    def step(optimiser, value, rate):
+        original(optimiser, value, rate)
+        walked.append(optimiser.param_groups[0]["params"][0].detach().clone())
 
-    monkeypatch.setattr(training._State, "step", step)
+    monkeypatch.setattr(training, "_step", step)
     net = network()
     training.train(
         net, loss, prepared, Plan(1, 8, 1e-2, 3, averaging=0.8), checkpoint=tmp_path / "c", seed=1, device=CPU
