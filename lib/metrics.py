@@ -160,8 +160,8 @@ def scan_score(subject: SubjectCounts) -> float:
     voxels = subject.counts[:2].sum(axis=0)[::-1]
     wanted = max(1, round(HIGHEST * int(voxels.sum())))
     taken = np.diff(np.minimum(np.cumsum(voxels), wanted), prepend=0)
-    highest = zip(taken[taken > 0], subject.values[::-1][taken > 0], strict=True)
-    return float(sum(n * value_of(int(code)) for n, code in highest) / wanted)
+    highest = values_of(subject.values[::-1][taken > 0]).astype(float)
+    return float(taken[taken > 0] @ highest / wanted)
 
 
 def drop_small(mask: np.ndarray, smallest: int) -> np.ndarray:
