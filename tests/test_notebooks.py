@@ -70,7 +70,7 @@ def texts(folder, name):
 def test_the_report_says_what_ran(whole):
     record = json.loads((whole / "run.json").read_text())
     assert record["status"] == "done"
-    assert [n["status"] for n in record["notebooks"].values()] == ["done"] * 4
+    assert [n["status"] for n in record["notebooks"].values()] == ["done"] * 6
     assert all(n["seconds"] > 0 and n["peak_memory_gb"] > 0 for n in record["notebooks"].values())
     page = (whole / "index.html").read_text()
     for word in ("intensity_median", "ae_dense", "embedded", "not for diagnosis", "torch"):
