@@ -23,7 +23,7 @@ from lib.intake import LESION_FREE, Gathered, examine, is_healthy
 from lib.preprocessing import OwnGrid, Recipe, prepare
 from lib.progress import bar
 
-FORMAT = 3
+FORMAT = 3  # of a subject's folder and all that is kept in it: raise it when one of them comes out differently
 LEAST_BRAIN = 0.05  # of a slice's square; emptier slices teach nothing
 GUARD = 2  # slices between a lesion and a slice that counts as lesion-free
 GRIDS = ("prepared", "scan")

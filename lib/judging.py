@@ -32,7 +32,7 @@ from lib.preprocessing import OwnGrid
 
 LOOSE_FPR = 0.05  # share of healthy validation voxels above the second threshold
 PROMISED_ALARMS = 0.05  # share of healthy scans with more than 1 % of their voxels above the conformal threshold
-FEW = 4  # subjects, for which no process is worth its start
+FEW = 2  # subjects, for which no process is worth its start
 PROMISED_SLICE_FPR = 0.05  # share of healthy validation slices above the slice threshold
 SQUARES_CUTOFF = 0.02  # of a slice's mean squared map, as fixed cut-offs in use have it
 SIGMAS = 2  # above the mean of the tested scan's own map
@@ -132,18 +132,14 @@ def count(scored: Scored, code: np.ndarray) -> SubjectCounts:
 
 def freeze(run: str, method: str, cohort: Cohort, steps: Sequence[str]) -> dict[str, Frozen]:
     """The thresholds of each step, from the healthy material of validation."""
-    counts, scores = [], []
-    for subject, _ in cohort.healthy_material("validation"):
-        scan = read(run, method, subject, cohort)
-        counts.append([np.bincount(scan.codes(step)[scan.ground.healthy], minlength=CODES) for step in steps])
-        scores.append(scan.slice_scores[scan.slice_healthy])
+    subjects = [partial(read, run, method, s, cohort) for s, _ in cohort.healthy_material("validation")]
+    counts, scores = zip(*_each(_healthy_counts, subjects, steps), strict=True)
     return {step: _thresholds([of_scan[i] for of_scan in counts], scores) for i, step in enumerate(steps)}
 
 
 def judge_all(subjects: Sequence[Callable[[], Scored]], frozen: dict[str, Frozen]) -> list[dict[str, Judged]]:
-    """`judge` of every subject, in processes where that is worth their start; a few subjects in memory at a time."""
-    jobs = min(os.cpu_count() or 1, max(1, len(subjects) // FEW))
-    return Parallel(n_jobs=jobs, max_nbytes=None)(delayed(judge)(subject(), frozen) for subject in subjects)
+    """`judge` of every subject; a few subjects in memory at a time."""
+    return _each(judge, subjects, frozen)
 
 
 def judge(scored: Scored, frozen: dict[str, Frozen]) -> dict[str, Judged]:
@@ -162,6 +158,19 @@ def judge(scored: Scored, frozen: dict[str, Frozen]) -> dict[str, Judged]:
         }  # fmt: skip
         judged[step] = Judged(counted, record, found[len(masks) :])
     return judged
+
+
+def _each(call: Callable, subjects: Sequence[Callable[[], Scored]], given) -> list:
+    """A call of every subject, in processes where that is worth their start."""
+    jobs = min(os.cpu_count() or 1, max(1, len(subjects) // FEW))
+    return Parallel(n_jobs=jobs, max_nbytes=None)(delayed(call)(subject(), given) for subject in subjects)
+
+
+def _healthy_counts(scored: Scored, steps: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Voxels of the healthy material by code, after each step, and its slices' scores."""
+    healthy = scored.ground.healthy
+    counts = [np.bincount(scored.codes(step)[healthy], minlength=CODES) for step in steps]
+    return counts, scored.slice_scores[scored.slice_healthy]
 
 
 def _on_own_grid(own: OwnGrid, affine: np.ndarray, box: tuple[slice, ...], usable: np.ndarray) -> Ground:

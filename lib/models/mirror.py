@@ -7,8 +7,9 @@ Pattern Analysis and Machine Intelligence 35, 2013, section 3). It cannot see a 
 of one that crosses the midline it sees the surplus of one side only.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from scipy import ndimage, optimize
 from lib.cohort import PreparedSubject
 from lib.errors import check_least
 from lib.models.detector import LESION_SIGN, Detector
+from lib.volumes import write_bytes
 
 LEVELS_MM = (8.0, 5.0)  # grids of the search, coarse to fine
 STARTS_MM = (-8.0, -4.0, 0.0, 4.0, 8.0)
@@ -163,9 +165,13 @@ def sided(difference: np.ndarray, modalities: tuple[str, ...]) -> np.ndarray:
 
 @lru_cache(maxsize=512)
 def _plane_in(folder: Path, edges: tuple[float, float, float]) -> Plane:
-    """The plane of a prepared subject's folder, found once."""
-    image, brain = _cut(folder)
-    return symmetry_plane(image.mean(axis=0), brain, np.array(edges))
+    """The plane of a prepared subject's folder, found once and kept there."""
+    path = folder / "plane.json"
+    if not path.exists():
+        image, brain = _cut(folder)
+        write_bytes(path, json.dumps(asdict(symmetry_plane(image.mean(axis=0), brain, np.array(edges)))).encode())
+    kept = json.loads(path.read_bytes())
+    return Plane(**kept | {"centre": tuple(kept["centre"])})
 
 
 def _cut(folder: Path) -> tuple[np.ndarray, np.ndarray]:
