@@ -13,9 +13,11 @@ BOUNDS = ["auroc", "auroc_low", "auroc_high"]
 COLUMNS = ["approach", "reported", "measured the same way here", "honest figure"]
 
 
-def five_approaches(run: str, prepared: Cohort, results: pd.DataFrame, method: str = "ae") -> pd.DataFrame:
-    """A row an approach, columns as in COLUMNS, all sentences; `results` is what `evaluate` returns."""
-    scans = slice_traps.scanner(run, prepared, method)
+def five_approaches(
+    run: str, prepared: Cohort, results: pd.DataFrame, scans: pd.DataFrame | None, method: str = "ae"
+) -> pd.DataFrame:
+    """A row an approach, columns as in COLUMNS, all sentences; `results` is what `evaluate` returns, `scans` what
+    `slice_traps.scanner` does."""
     rows = [
         _single_image(run, prepared, results, method),
         _slices(run, prepared, results, method),

@@ -216,7 +216,9 @@ def test_without_healthy_subjects_what_needs_them_says_so(tmp_path, monkeypatch)
     assert slice_traps.scanner(RUN, prepared, "intensity") is None
     assert set(slice_traps.youden(RUN, prepared, "intensity", splits=10).level) == {"slice"}
     assert np.isnan(slice_traps.mislabelled(RUN, prepared, "intensity")["truth"]).all()
-    table = approaches.five_approaches(RUN, prepared, evaluation.evaluate(RUN, prepared), "intensity")
+    table = approaches.five_approaches(
+        RUN, prepared, evaluation.evaluate(RUN, prepared), slice_traps.scanner(RUN, prepared, "intensity"), "intensity"
+    )
     assert "Patients against healthy: not run here" in table["honest figure"].iloc[3]
 
 
@@ -249,7 +251,7 @@ def test_three_subjects_are_too_few_to_toss_coins_for(tmp_path):
 
 def test_the_five_approaches_say_what_was_not_run(prepared):
     results = evaluation.evaluate(RUN, prepared)
-    table = approaches.five_approaches(RUN, prepared, results, "intensity")
+    table = approaches.five_approaches(RUN, prepared, results, None, "intensity")
     assert table.shape == (5, 4)
     dice = results.query("method == 'intensity' and metric == 'dice' and stratum == 'all' and postprocess == 'none'")
     assert f"{dice.value.iloc[0]:.2f} (" in table["honest figure"].iloc[0]
