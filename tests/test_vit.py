@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from lib import models
+from lib import models, training
 from lib.errors import CourseError
 from lib.models import vit
 
@@ -180,6 +180,31 @@ def test_the_masked_one_learns_and_marks_lesions(prepared, tmp_path):
         losses.append(history.rows[-1]["validation"])
     assert losses[1] < losses[0] / 3
     assert precision[1] > 0.8
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", ["vit_context_dropout", "vit_masked"])
+def test_a_killed_training_resumes_to_the_same_weights(name, prepared, tmp_path, monkeypatch):
+    def fitted(folder):
+        detector = models.create(name, ("FLAIR",), **SMALL | {"epochs": 3, "steps": 2})
+        detector.fit(prepared, out=tmp_path / folder, device="cpu")
+        return detector
+
+    def dying(self, row, keep=training.State.keep):
+        keep(self, row)
+        if row["epoch"] == 1:
+            raise Killed
+
+    whole = fitted("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(training.State, "keep", dying)
+        with pytest.raises(Killed):
+            fitted("killed")
+    resumed = fitted("killed")
+    assert all(torch.equal(a, b) for a, b in zip(whole.state().values(), resumed.state().values(), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class Network(nn.Module):
         s, (padded, edges) = self.settings, pad(image, self.settings.patch)
         tokens = self.embed(scaled(patches(padded, s.patch))) + positions(padded, s)
         if self.training:
-            tokens = tokens * (torch.rand_like(tokens[..., :1]) >= s.dropout)
+            tokens = tokens * (torch.rand(*tokens.shape[:2], 1) >= s.dropout).to(image.device)
         told = MIDDLE + SPREAD * self.tell(self.encoder(tokens))
         return cut(unpatch(told, padded.shape, s.patch), edges)
 
