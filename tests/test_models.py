@@ -18,12 +18,15 @@ SMALL = {"epochs": 2, "width": 8, "code": 2}
 CORRUPTED = ("dae", "synthetic_lesions", "synthetic_restoration")
 
 
+SMALL_VIT = {"epochs": 1, "patch": 8, "dim": 16, "depth": 1, "heads": 2}
 QUICK_GAN = {"epochs": 1, "width": 8, "latent": 8}
 FEW_STEPS = {
     "gan": QUICK_GAN,
     "anogan": QUICK_GAN | {"steps": 5, "restarts": 2},
     "f_anogan": QUICK_GAN | {"encoder_epochs": 1},
     "ganomaly": QUICK_GAN,
+    "vit_context_dropout": SMALL_VIT,
+    "vit_masked": SMALL_VIT,
     "single_ae": {"epochs": 2},
     "single_anogan": {"rounds": 1, "steps": 2, "search_steps": 2},
 }

@@ -22,6 +22,7 @@ METHODS = ADVERSARIAL | {
     "ae", "ae_dense", "ae_ssim", "empty", "random", "intensity", "intensity_median", "atlas_z", "blur"
 }  # fmt: skip
 METHODS |= {"mirror", "single_masked", "single_similarity", "single_ensemble"}
+METHODS |= {"vit_context_dropout", "vit_masked"}
 METHODS |= {"dae", "synthetic_lesions", "synthetic_restoration"}
 INTENSITY_MEDIAN = {
     "BRATS_HG0015": 0.89, "BraTS-GLI-00000-000": 0.76, "BraTS19_2013_2_1": 0.70, "BraTS19_2013_3_1": 0.38,
@@ -70,7 +71,7 @@ def texts(folder, name):
 def test_the_report_says_what_ran(whole):
     record = json.loads((whole / "run.json").read_text())
     assert record["status"] == "done"
-    assert [n["status"] for n in record["notebooks"].values()] == ["done"] * 6
+    assert [n["status"] for n in record["notebooks"].values()] == ["done"] * 7
     assert all(n["seconds"] > 0 and n["peak_memory_gb"] > 0 for n in record["notebooks"].values())
     page = (whole / "index.html").read_text()
     for word in ("intensity_median", "ae_dense", "embedded", "not for diagnosis", "torch"):
@@ -113,6 +114,19 @@ def test_03_trains_and_writes_models_and_maps(whole):
         rows = json.loads((whole / "models" / f"{name}.history.json").read_text())["rows"]
         assert rows[-1]["train"] < rows[0]["train"]
         assert (whole / "models" / f"{name}.safetensors").exists()
+
+
+def test_05_copies_or_hides_and_shows_that_what_is_hidden_does_not_matter(whole):
+    said, pictures = texts(whole, "05_vision_transformer")
+    assert "Trained vit_context_dropout, vit_masked" in said
+    assert pictures >= 11
+    moves = {line.split(":")[0]: float(line.split()[-3]) for line in said.splitlines() if "patch moves by" in line}
+    assert moves["vit_masked"] == 0 < moves["vit_context_dropout"]
+    returned = {line.split()[0]: int(line.split()[2]) for line in said.splitlines() if "% of the synthetic" in line}
+    assert returned["vit_masked"] < returned["vit_context_dropout"]
+    for name in ("vit_context_dropout", "vit_masked"):
+        assert (whole / "models" / f"{name}.safetensors").exists()
+        assert len(list((whole / "maps" / name).iterdir())) == len(list((whole / "maps" / "ae").iterdir()))
 
 
 def test_06_teaches_by_corruption_and_stops_without_a_real_lesion(whole):
@@ -158,8 +172,8 @@ def test_08_judges_every_method_by_the_contract(whole):
 
 def test_seeds_and_the_scan_s_own_grid_are_one_parameter_each(tree, whole):
     values = (
-        "03.epochs=1", "03.variants=", "06.epochs=1", "06.lesion_epochs=1", "06.noise_grids=", "06.restoration=false",
-        "08.baselines=intensity",
+        "03.epochs=1", "03.variants=", "05.epochs=1", "05.copy_epochs=1", "05.dropouts=",
+        "06.epochs=1", "06.lesion_epochs=1", "06.noise_grids=", "06.restoration=false", "08.baselines=intensity",
     )  # fmt: skip
     few = [option for value in values for option in ("-p", value)]
     course(tree, "--run", "seeds", "-p", "seeds=2", "-p", "grid=scan", *few)

@@ -14,6 +14,8 @@ DETECTORS = {
     "anogan": ("lib.models.anogan:AnoGan", {}),
     "f_anogan": ("lib.models.f_anogan:FAnoGan", {}),
     "ganomaly": ("lib.models.ganomaly:Ganomaly", {}),
+    "vit_context_dropout": ("lib.models.vit:ContextDropout", {}),
+    "vit_masked": ("lib.models.vit:Masked", {}),
     "dae": ("lib.models.dae:DenoisingAutoencoder", {}),
     "synthetic_lesions": ("lib.models.synthetic:SyntheticLesions", {}),
     "synthetic_restoration": ("lib.models.dae:SyntheticRestoration", {}),
