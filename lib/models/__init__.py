@@ -17,6 +17,8 @@ DETECTORS = {
     "dae": ("lib.models.dae:DenoisingAutoencoder", {}),
     "synthetic_lesions": ("lib.models.synthetic:SyntheticLesions", {}),
     "synthetic_restoration": ("lib.models.dae:SyntheticRestoration", {}),
+    "diffusion": ("lib.models.diffusion:Diffusion", {}),
+    "diffusion_patched": ("lib.models.diffusion:PatchedDiffusion", {}),
     "mirror": ("lib.models.mirror:Mirror", {}),
     "single_anogan": ("lib.models.single_nets:SingleAnoGAN", {}),
     "single_ae": ("lib.models.single_nets:SingleAutoencoder", {}),
