@@ -36,12 +36,13 @@ OCTAVES, PERSISTENCE = (4, 8, 16, 32, 64), 0.8  # points a side, and how much we
 @dataclass(frozen=True)
 class Settings(unet.Settings):
     """`noise`: "coarse" (one grid), "octaves" (a sum of ever finer ones: value noise, a substitute for simplex noise)
-    or "pixel"; `step`: how far the noise goes, of 1000; `repeats`: restorations whose mean is taken, each from noise of
-    its own; `residual`: "signed" or "absolute"; `shrink`: pixels a side that become one for the network."""
+    or "pixel"; `step`: how far the noise goes, of 1000; `pairs`: of restorations whose mean is taken, one from some
+    noise and one from its opposite; `residual`: "signed" or "absolute"; `shrink`: pixels a side that become one for the
+    network."""
 
-    noise: str = "coarse"
+    noise: str = "octaves"
     step: int = 250
-    repeats: int = 2
+    pairs: int = 1
     residual: str = "signed"
     shrink: int = 2
 
@@ -49,7 +50,7 @@ class Settings(unet.Settings):
         super().__post_init__()
         check_choice("noise", self.noise, NOISES)
         check_choice("residual", self.residual, ("signed", "absolute"))
-        for name in ("step", "repeats", "shrink"):
+        for name in ("step", "pairs", "shrink"):
             check_least(name, getattr(self, name), 1)
         if self.step > STEPS:
             raise CourseError(f"step is {self.step}.", f"Give at most {STEPS}.")
@@ -59,7 +60,7 @@ class Settings(unet.Settings):
 class PartialSettings(Settings):
     """`denoising_steps`: steps from the noise back to a slice; `step` is rounded so that they are of one length."""
 
-    denoising_steps: int = 5
+    denoising_steps: int = 3
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,7 +82,9 @@ class PatchedSettings(Settings):
 class Diffusion(unet.UNetDetector):
     """The network tells the healthy slice from a noisy one, at any step of noise up to the one that is used.
 
-    At test the noise is the same for every slice, so that a map does not depend on what was mapped before.
+    At test the noise is the same for every slice, so that a map does not depend on what was mapped before; what is left
+    of it in a restoration is mostly taken away by the mean with the restoration from its opposite (antithetic variates;
+    Hammersley and Morton, 1956).
     """
 
     Settings = PartialSettings
@@ -140,8 +143,9 @@ class Diffusion(unet.UNetDetector):
         """Slices as they would be if they were healthy; what the network does not see at its size stays as it is."""
         s = self.settings
         seen, place = small(image, s.shrink), small(brain.float(), s.shrink) > 0
-        noises = (value_noise(s.noise, seen[:1], torch.Generator().manual_seed(i)) for i in range(s.repeats))
-        change = torch.stack([self.redrawn(seen, place, noise) for noise in noises]).mean(dim=0) - seen
+        noises = [value_noise(s.noise, seen[:1], torch.Generator().manual_seed(i)) for i in range(s.pairs)]
+        drawn = [self.redrawn(seen, place, sign * noise) for noise in noises for sign in (1, -1)]
+        change = torch.stack(drawn).mean(dim=0) - seen
         return image + functional.interpolate(change, image.shape[-2:], mode="bilinear")
 
     def redrawn(self, image: torch.Tensor, brain: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
