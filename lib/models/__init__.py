@@ -19,6 +19,7 @@ DETECTORS = {
     "synthetic_restoration": ("lib.models.dae:SyntheticRestoration", {}),
     "diffusion": ("lib.models.diffusion:Diffusion", {}),
     "diffusion_patched": ("lib.models.diffusion:PatchedDiffusion", {}),
+    "features": ("lib.models.features:Features", {}),
     "mirror": ("lib.models.mirror:Mirror", {}),
     "single_anogan": ("lib.models.single_nets:SingleAnoGAN", {}),
     "single_ae": ("lib.models.single_nets:SingleAutoencoder", {}),
