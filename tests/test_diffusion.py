@@ -76,7 +76,7 @@ def test_the_way_back_starts_at_the_step_in_equal_strides(step, steps, times):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("noise", diffusion.NOISES)
 def test_a_network_that_knows_the_slice_restores_it_exactly(name, noise, monkeypatch):
-    detector = models.create(name, ("FLAIR", "T2"), noise=noise, shrink=1, pairs=2)
+    detector = models.create(name, ("FLAIR", "T2"), noise=noise, shrink=1, restorations=2)
     image, brain = slices(channels=2)
     monkeypatch.setattr(type(detector), "forward", property(lambda self: knowing(self, image)))
     torch.testing.assert_close(detector.restored(image, brain), image, atol=1e-5, rtol=0)
@@ -86,7 +86,7 @@ def test_a_network_that_knows_the_slice_restores_it_exactly(name, noise, monkeyp
 
 
 def test_every_step_back_asks_the_network_at_less_noise(monkeypatch):
-    detector, levels = models.create("diffusion", ("FLAIR",), shrink=1, pairs=1), []
+    detector, levels = models.create("diffusion", ("FLAIR",), shrink=1, restorations=2), []
     image, brain = slices()
 
     def watching(shown):
@@ -102,7 +102,7 @@ def test_every_step_back_asks_the_network_at_less_noise(monkeypatch):
 
 
 def test_the_patches_tile_the_slice_and_the_rest_is_shown_as_it_is(monkeypatch):
-    detector, noisy = models.create("diffusion_patched", ("FLAIR",), shrink=1, patches=3, pairs=1), []
+    detector, noisy = models.create("diffusion_patched", ("FLAIR",), shrink=1, patches=3, restorations=2), []
     image, brain = slices()
     assert torch.equal(sum(patch.int() for patch in detector.grid(32)), torch.ones(32, 32, dtype=torch.int))
 
@@ -146,6 +146,14 @@ def test_it_marks_lesions_after_it_learnt_the_same_way_every_time(name, tmp_path
     np.testing.assert_allclose(left, maps[number], atol=1e-5)
 
 
+def test_every_second_noise_is_the_opposite_of_the_one_before():
+    detector, (image, _) = models.create("diffusion", ("FLAIR",)), slices(count=3)
+    first, second, third = (detector.noise(i, image) for i in range(3))
+    assert first.shape == (1, 1, 32, 32)
+    assert torch.equal(first, -second)
+    assert not torch.equal(first.abs(), third.abs())
+
+
 def test_what_the_shrunken_network_does_not_see_stays(monkeypatch):
     detector = models.create("diffusion", ("FLAIR",), shrink=2)
     image, brain = slices()
@@ -158,7 +166,7 @@ def test_what_the_shrunken_network_does_not_see_stays(monkeypatch):
     ("name", "wrong"),
     [("diffusion", {"noise": "simplex"}), ("diffusion", {"step": 0}), ("diffusion", {"step": 1001}),
      ("diffusion", {"step": 3, "denoising_steps": 5}), ("diffusion", {"denoising_steps": 0}),
-     ("diffusion", {"pairs": 0}), ("diffusion", {"residual": "both"}), ("diffusion", {"shrink": 4}),
+     ("diffusion", {"restorations": 0}), ("diffusion", {"residual": "both"}), ("diffusion", {"shrink": 4}),
      ("diffusion_patched", {"patches": 0})],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_named(name, wrong, tmp_path):

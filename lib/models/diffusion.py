@@ -36,13 +36,13 @@ OCTAVES, PERSISTENCE = (4, 8, 16, 32, 64), 0.8  # points a side, and how much we
 @dataclass(frozen=True)
 class Settings(unet.Settings):
     """`noise`: "coarse" (one grid), "octaves" (a sum of ever finer ones: value noise, a substitute for simplex noise)
-    or "pixel"; `step`: how far the noise goes, of 1000; `pairs`: of restorations whose mean is taken, one from some
-    noise and one from its opposite; `residual`: "signed" or "absolute"; `shrink`: pixels a side that become one for the
-    network."""
+    or "pixel"; `step`: how far the noise goes, of 1000; `restorations`: how many the mean is taken of, every second one
+    from the opposite of the noise before; `residual`: "signed" or "absolute"; `shrink`: pixels a side that become one
+    for the network."""
 
     noise: str = "octaves"
     step: int = 250
-    pairs: int = 1
+    restorations: int = 2
     residual: str = "signed"
     shrink: int = 2
 
@@ -50,7 +50,7 @@ class Settings(unet.Settings):
         super().__post_init__()
         check_choice("noise", self.noise, NOISES)
         check_choice("residual", self.residual, ("signed", "absolute"))
-        for name in ("step", "pairs", "shrink"):
+        for name in ("step", "restorations", "shrink"):
             check_least(name, getattr(self, name), 1)
         if self.step > STEPS:
             raise CourseError(f"step is {self.step}.", f"Give at most {STEPS}.")
@@ -143,10 +143,14 @@ class Diffusion(unet.UNetDetector):
         """Slices as they would be if they were healthy; what the network does not see at its size stays as it is."""
         s = self.settings
         seen, place = small(image, s.shrink), small(brain.float(), s.shrink) > 0
-        noises = [value_noise(s.noise, seen[:1], torch.Generator().manual_seed(i)) for i in range(s.pairs)]
-        drawn = [self.redrawn(seen, place, sign * noise) for noise in noises for sign in (1, -1)]
+        drawn = [self.redrawn(seen, place, self.noise(i, seen)) for i in range(s.restorations)]
         change = torch.stack(drawn).mean(dim=0) - seen
         return image + functional.interpolate(change, image.shape[-2:], mode="bilinear")
+
+    def noise(self, number: int, image: torch.Tensor) -> torch.Tensor:
+        """The noise of a restoration by its number, one for all slices [batch, modality, row, column]."""
+        random = torch.Generator().manual_seed(number // 2)
+        return (-1) ** number * value_noise(self.settings.noise, image[:1], random)
 
     def redrawn(self, image: torch.Tensor, brain: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """One restoration of slices at the network's size: noise up to the step, and the way back."""
