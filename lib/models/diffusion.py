@@ -72,6 +72,7 @@ class PartialSettings(Settings):
 class PatchedSettings(Settings):
     """`patches`: how many a side of the slice, each restored with the rest of the slice as it is."""
 
+    step: int = 350
     patches: int = 2
 
     def __post_init__(self):
