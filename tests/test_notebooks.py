@@ -162,7 +162,7 @@ def test_08_judges_every_method_by_the_contract(whole):
 def test_seeds_and_the_scan_s_own_grid_are_one_parameter_each(tree, whole):
     values = (
         "03.epochs=1", "03.variants=", "06.epochs=1", "06.lesion_epochs=1", "06.noise_grids=", "06.restoration=false",
-        "06.diffusion_epochs=1", "06.encoders=", "08.baselines=intensity",
+        "06.patched=false", "06.diffusion_epochs=1", "06.encoders=", "08.baselines=intensity",
     )  # fmt: skip
     few = [option for value in values for option in ("-p", value)]
     course(tree, "--run", "seeds", "-p", "seeds=2", "-p", "grid=scan", *few)
