@@ -79,7 +79,9 @@ def test_nothing_is_painted_on_a_missing_modality(families):
     assert (painted != image)[:4, 0].any()
 
 
-@pytest.mark.parametrize("name", ["intensity", "intensity_median", "blur", "mirror", "single_masked", "single_ensemble"])
+@pytest.mark.parametrize(
+    "name", ["intensity", "intensity_median", "blur", "mirror", "single_masked", "single_ensemble"]
+)
 def test_a_map_is_that_of_the_modality_that_is_there(without_t2, tmp_path, name):
     last = without_t2.subjects[-1]
     both = models.create(name, BOTH).maps(last)

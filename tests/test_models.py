@@ -15,7 +15,7 @@ from lib.models import autoencoder
 from lib.models.detector import residual
 
 SMALL = {"epochs": 2, "width": 8, "code": 2}
-CORRUPTED = ("dae", "synthetic_lesions", "synthetic_restoration")
+CORRUPTED = ("dae", "synthetic_lesions", "synthetic_restoration", "diffusion", "diffusion_patched")
 
 
 SMALL_VIT = {"epochs": 1, "patch": 8, "dim": 16, "depth": 1, "heads": 2}

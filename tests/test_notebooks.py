@@ -23,7 +23,8 @@ METHODS = ADVERSARIAL | {
 }  # fmt: skip
 METHODS |= {"mirror", "single_masked", "single_similarity", "single_ensemble"}
 METHODS |= {"vit_context_dropout", "vit_masked"}
-METHODS |= {"dae", "synthetic_lesions", "synthetic_restoration"}
+CORRUPTED = ("dae", "synthetic_lesions", "synthetic_restoration", "diffusion", "diffusion_patched")
+METHODS |= {*CORRUPTED, "features"}
 INTENSITY_MEDIAN = {
     "BRATS_HG0015": 0.89, "BraTS-GLI-00000-000": 0.76, "BraTS19_2013_2_1": 0.70, "BraTS19_2013_3_1": 0.38,
     "BraTS2021_00006": 0.98, "Brats18_2013_24_1": 0.88, "VSD_54512": 0.94, "brats_2013_pat0002_1": 0.94,
@@ -131,12 +132,14 @@ def test_05_copies_or_hides_and_shows_that_what_is_hidden_does_not_matter(whole)
 
 def test_06_teaches_by_corruption_and_stops_without_a_real_lesion(whole):
     said, pictures = texts(whole, "06_denoising")
-    assert "Trained dae, synthetic_lesions, synthetic_restoration" in said
+    assert "Trained dae, synthetic_lesions, synthetic_restoration, diffusion, diffusion_patched, features" in said
     assert "class UNet" in said
-    assert pictures >= 10
-    for name in ("dae", "synthetic_lesions", "synthetic_restoration"):
+    assert "def redrawn" in said
+    assert pictures >= 16
+    for name in CORRUPTED:
         rows = json.loads((whole / "models" / f"{name}.history.json").read_text())["rows"]
         assert rows[-1]["validation"] < rows[0]["validation"]
+    for name in (*CORRUPTED, "features"):
         assert len(list((whole / "maps" / name).glob("*.npz"))) == len(list((whole / "maps" / "ae").glob("*.npz")))
     assert {folder.name for folder in (whole / "models").glob("dae_grid*")} == {"dae_grid4", "dae_grid48"}
 
@@ -172,8 +175,9 @@ def test_08_judges_every_method_by_the_contract(whole):
 
 def test_seeds_and_the_scan_s_own_grid_are_one_parameter_each(tree, whole):
     values = (
-        "03.epochs=1", "03.variants=", "05.epochs=1", "05.copy_epochs=1", "05.dropouts=",
-        "06.epochs=1", "06.lesion_epochs=1", "06.noise_grids=", "06.restoration=false", "08.baselines=intensity",
+        "03.epochs=1", "03.variants=", "05.epochs=1", "05.copy_epochs=1", "05.dropouts=", "06.epochs=1",
+        "06.lesion_epochs=1", "06.noise_grids=", "06.restoration=false", "06.patched=false", "06.diffusion_epochs=1",
+        "06.encoders=", "08.baselines=intensity",
     )  # fmt: skip
     few = [option for value in values for option in ("-p", value)]
     course(tree, "--run", "seeds", "-p", "seeds=2", "-p", "grid=scan", *few)
