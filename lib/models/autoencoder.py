@@ -43,7 +43,6 @@ class Settings:
     batch_size: int = 8
     learning_rate: float = 2e-3
     patience: int = 8
-    steps: int = 0
 
     def __post_init__(self):
         check_choice("bottleneck", self.bottleneck, ("spatial", "dense"))
@@ -107,7 +106,7 @@ class Autoencoder(SliceDetector):
         self.network = self.build()
         self.device = choose_device(device)
         s = self.settings
-        plan = Plan(s.epochs, s.batch_size, s.learning_rate, s.patience, steps=s.steps)
+        plan = Plan(s.epochs, s.batch_size, s.learning_rate, s.patience)
         return train(
             self.network, self.loss, cohort, plan, checkpoint=out / f"{name}.checkpoint",
             seed=derived_seed(seed, name, *self.task), device=self.device, resume=resume,
