@@ -144,12 +144,13 @@ class Restoration(VariationalAutoencoder):
 
     Settings = RestorationSettings
     tv_weight: torch.Tensor
+    weights: dict[float, tuple[float, float]]  # what `fit` chose from
 
     def fit(self, cohort: Cohort, *, out: Path, device: str = "auto", resume: bool = True, seed: int = 0) -> History:
         """Train, or take the training that `vae` of equal settings has left in `out`; then choose the weight."""
         history = super().fit(cohort, out=out, device=device, resume=resume, seed=seed)
-        table = self.weighed(cohort, seed)
-        self.tv_weight = torch.tensor(max(table, key=lambda weight: table[weight][0]))
+        self.weights = self.weighed(cohort, seed)
+        self.tv_weight = torch.tensor(max(self.weights, key=lambda weight: self.weights[weight][0]))
         return history
 
     def weighed(self, cohort: Cohort, seed: int) -> dict[float, tuple[float, float]]:
