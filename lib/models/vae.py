@@ -22,7 +22,7 @@ from lib.training import Batch, Forward, History, batch_of, derived_seed
 
 ACTIVE = 0.01  # nats, the mean KL on healthy slices above which a unit of the code is in use
 TV_WEIGHTS = (10.0, 30.0, 100.0, 300.0)  # nats for a step of 1 in intensity between two pixels
-JUDGED = 12  # healthy validation slices by which one of these is chosen
+JUDGED = 8  # healthy validation slices by which one of these is chosen
 RATE = 0.02  # Adam's step in restoring, in units of the prepared intensity
 SLOPE = 1.0  # nats for a step of 1 in intensity; a pixel with a gradient below it moves less
 
