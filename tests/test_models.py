@@ -35,7 +35,7 @@ FEW_STEPS = {
 def settings_of(name):
     if name in CORRUPTED:
         return {"epochs": 2, "width": 8}
-    return SMALL if name.startswith("ae") else FEW_STEPS.get(name, {})
+    return SMALL if name.startswith(("ae", "vae")) else FEW_STEPS.get(name, {})
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ METHODS = ADVERSARIAL | {
     "ae", "ae_dense", "ae_ssim", "empty", "random", "intensity", "intensity_median", "atlas_z", "blur"
 }  # fmt: skip
 METHODS |= {"mirror", "single_masked", "single_similarity", "single_ensemble"}
-METHODS |= {"vit_context_dropout", "vit_masked"}
+METHODS |= {"ae_attention", "vae", "vae_restoration", "vit_context_dropout", "vit_masked"}
 CORRUPTED = ("dae", "synthetic_lesions", "synthetic_restoration", "diffusion", "diffusion_patched")
 METHODS |= {*CORRUPTED, "features"}
 INTENSITY_MEDIAN = {
@@ -109,12 +109,18 @@ def test_02_plays_searches_and_writes_models_and_maps(whole):
 
 def test_03_trains_and_writes_models_and_maps(whole):
     said, pictures = texts(whole, "03_conv_autoencoder")
-    assert "Trained ae, ae_dense, ae_ssim" in said
-    assert pictures >= 6
-    for name in ("ae", "ae_dense", "ae_ssim"):
-        rows = json.loads((whole / "models" / f"{name}.history.json").read_text())["rows"]
-        assert rows[-1]["train"] < rows[0]["train"]
+    names = ("ae", "ae_dense", "ae_ssim", "ae_attention", "vae", "vae_restoration")
+    assert f"Trained {', '.join(names)}" in said
+    assert pictures >= 17
+    rows = {}
+    for name in names:
+        rows[name] = json.loads((whole / "models" / f"{name}.history.json").read_text())["rows"]
+        assert rows[name][-1]["train"] < rows[name][0]["train"]
         assert (whole / "models" / f"{name}.safetensors").exists()
+    assert rows["vae"] == rows["vae_restoration"]  # one training
+    assert "units are active" in said
+    assert "equalised" in said
+    assert {folder.name for folder in (whole / "models").glob("ae_code*")} == {"ae_code2", "ae_code16"}
 
 
 def test_05_copies_or_hides_and_shows_that_what_is_hidden_does_not_matter(whole):
@@ -175,9 +181,9 @@ def test_08_judges_every_method_by_the_contract(whole):
 
 def test_seeds_and_the_scan_s_own_grid_are_one_parameter_each(tree, whole):
     values = (
-        "03.epochs=1", "03.variants=", "05.epochs=1", "05.copy_epochs=1", "05.dropouts=", "06.epochs=1",
-        "06.lesion_epochs=1", "06.noise_grids=", "06.restoration=false", "06.patched=false", "06.diffusion_epochs=1",
-        "06.encoders=", "08.baselines=intensity",
+        "03.epochs=1", "03.variants=", "03.codes=", "03.vae_epochs=1", "03.restoration=false", "03.clahe=false",
+        "05.epochs=1", "05.copy_epochs=1", "05.dropouts=", "06.epochs=1", "06.lesion_epochs=1", "06.noise_grids=",
+        "06.restoration=false", "06.patched=false", "06.diffusion_epochs=1", "06.encoders=", "08.baselines=intensity",
     )  # fmt: skip
     few = [option for value in values for option in ("-p", value)]
     course(tree, "--run", "seeds", "-p", "seeds=2", "-p", "grid=scan", *few)
@@ -220,7 +226,23 @@ def test_a_second_run_killed_in_the_middle_of_03_resumes_to_the_same_results_byt
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real scans of ../shared/data are not here")
 def test_real_patients_without_a_healthy_one(tree):
     course(
-        tree, "--run", "real", "--data", str(REAL), "--modality", "FLAIR", "-p", "01.pixel_mm=2.0", "-p", "01.size=96"
+        tree,
+        "--run",
+        "real",
+        "--data",
+        str(REAL),
+        "--modality",
+        "FLAIR",
+        "-p",
+        "01.pixel_mm=2.0",
+        "-p",
+        "01.size=96",
+        "-p",
+        "03.codes=",
+        "-p",
+        "03.restoration=false",
+        "-p",
+        "03.clahe=false",
     )
     folder = tree / "reports" / "real"
     table = pd.read_csv(folder / "results.csv", keep_default_na=False)
