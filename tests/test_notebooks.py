@@ -25,33 +25,13 @@ METHODS |= {"mirror", "single_masked", "single_similarity", "single_ensemble"}
 METHODS |= {"ae_attention", "vae", "vae_restoration", "vit_context_dropout", "vit_masked"}
 CORRUPTED = ("dae", "synthetic_lesions", "synthetic_restoration", "diffusion", "diffusion_patched")
 METHODS |= {*CORRUPTED, "features"}
-FEW = [
-    option
-    for value in (
-        "02.epochs=1",
-        "02.encoder_epochs=1",
-        "02.ganomaly_epochs=1",
-        "02.shown_steps=10",
-        "02.steps=1",
-        "03.epochs=1",
-        "03.variants=",
-        "03.codes=",
-        "03.vae_epochs=1",
-        "03.restoration=false",
-        "03.clahe=false",
-        "05.epochs=1",
-        "05.copy_epochs=1",
-        "05.dropouts=",
-        "06.epochs=1",
-        "06.lesion_epochs=1",
-        "06.noise_grids=",
-        "06.restoration=false",
-        "06.patched=false",
-        "06.diffusion_epochs=1",
-        "06.encoders=",
-    )
-    for option in ("-p", value)
-]
+SHORT = """
+    02.epochs=1 02.encoder_epochs=1 02.ganomaly_epochs=1 02.shown_steps=10 02.steps=1
+    03.epochs=1 03.variants= 03.codes= 03.vae_epochs=1 03.restoration=false 03.clahe=false
+    05.epochs=1 05.copy_epochs=1 05.dropouts=
+    06.epochs=1 06.lesion_epochs=1 06.noise_grids= 06.restoration=false 06.patched=false 06.diffusion_epochs=1 06.encoders=
+"""
+FEW = [option for value in SHORT.split() for option in ("-p", value)]
 INTENSITY_MEDIAN = {
     "BRATS_HG0015": 0.89, "BraTS-GLI-00000-000": 0.76, "BraTS19_2013_2_1": 0.70, "BraTS19_2013_3_1": 0.38,
     "BraTS2021_00006": 0.98, "Brats18_2013_24_1": 0.88, "VSD_54512": 0.94, "brats_2013_pat0002_1": 0.94,
