@@ -9,7 +9,6 @@ import torch
 
 from lib import cohort, intake, lesions, models, training
 from lib.errors import CourseError
-from lib.models.dae import coarse_noise
 from lib.models.detector import residual
 from lib.preprocessing import Recipe
 
@@ -75,7 +74,9 @@ def test_nothing_is_painted_on_a_missing_modality(families):
     random = torch.Generator().manual_seed(0)
     painted, _ = lesions.paint(image, brain, BOTH, families, random)
     assert not painted[:4, 1].any()
-    assert not coarse_noise(image, brain, 8, 0.2, random)[:4, 1].any()
+    for name in ("dae", "diffusion"):
+        shown = models.create(name, BOTH).corrupt({"image": image, "brain": brain}, random, "train")["shown"]
+        assert not shown[:4, 1].any()
     assert (painted != image)[:4, 0].any()
 
 

@@ -40,8 +40,9 @@ class DenoisingAutoencoder(unet.UNetDetector):
         return unet.UNet(len(self.modalities), len(self.modalities), self.settings.width)
 
     def corrupt(self, batch: Batch, random: torch.Generator, split: str) -> Batch:
-        s = self.settings
-        return batch | {"shown": batch["image"] + coarse_noise(batch["image"], batch["brain"], s.grid, s.sigma, random)}
+        image, s = batch["image"], self.settings
+        noise = coarse_noise(image, batch["brain"], s.grid, s.sigma, random)
+        return batch | {"shown": image + noise * present(image)}
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Squared error inside the brain."""
@@ -68,12 +69,11 @@ class SyntheticRestoration(DenoisingAutoencoder):
 def coarse_noise(
     image: torch.Tensor, brain: torch.Tensor, grid: int, sigma: float, random: torch.Generator
 ) -> torch.Tensor:
-    """Noise for slices [batch, modality, row, column], inside `brain` [batch, row, column] and where a modality is not
-    missing: of mean 0 and standard deviation `sigma` at the points of a grid that lies elsewhere every time, bilinear
-    in between."""
+    """Noise for slices [batch, modality, row, column], inside `brain` [batch, row, column]: of mean 0 and standard
+    deviation `sigma` at the points of a grid that lies elsewhere every time, bilinear in between."""
     count, channels, side, _ = image.shape
     cell = -(-side // grid)
     noise = sigma * smooth_noise(count, channels, grid + 2, cell * (grid + 1) + 1, random)
     starts = torch.randint(cell, (count, 2), generator=random).tolist()
     cut = torch.stack([n[:, r : r + side, c : c + side] for n, (r, c) in zip(noise, starts, strict=True)])
-    return cut.to(image.device) * brain[:, None] * present(image)
+    return cut.to(image.device) * brain[:, None]

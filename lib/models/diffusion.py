@@ -24,7 +24,7 @@ from lib.models import unet
 from lib.models.dae import coarse_noise
 from lib.models.detector import residual
 from lib.preprocessing import HALVINGS
-from lib.training import Batch, Forward, History
+from lib.training import Batch, Forward, History, present
 
 NOISES = ("coarse", "octaves", "pixel")
 STEPS = 1000  # of the whole diffusion, after the last of which nothing of the slice is left
@@ -129,8 +129,9 @@ class Diffusion(unet.UNetDetector):
         return wrong.abs()[batch["place"][:, None].expand_as(wrong)].mean()
 
     def noised(self, image: torch.Tensor, place: torch.Tensor, step: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Slices [batch, modality, row, column] at a step [batch] of noise, which is inside `place` only."""
-        return torch.where(place[:, None], self.scheduler.add_noise(image, noise, step), image)
+        """Slices [batch, modality, row, column] at a step [batch] of noise, in `place` and in no missing modality."""
+        place = place[:, None] & present(image)
+        return torch.where(place, self.scheduler.add_noise(image, noise, step), image)
 
     def predict(self, forward: Forward, shown: torch.Tensor, place: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """The healthy slices that the network sees in noisy ones, all [batch, modality, row, column]."""
