@@ -16,13 +16,15 @@ from monai.networks.layers import GaussianFilter
 from torch.nn import functional
 
 from lib.cohort import Cohort, PreparedSubject
-from lib.lesions import HIGHEST, KEPT_OUT, TAUGHT, paint
+from lib.lesions import HIGHEST, KEPT_OUT, TAUGHT, paint, smooth_noise
 from lib.models import unet
 from lib.models.mirror import Scan, reflect
 from lib.training import Batch, Forward, History
 
 GAIN, GAMMA = 0.1, 0.2  # a slice's brightness and its gamma vary by factors of exp(± this)
+FIELD, FIELD_GRID = 0.08, 4  # standard deviation of the logarithm of a field over the slice; points a side it is drawn on
 SMOOTHING = 4.0  # pixels, of the difference between both sides, which never agree to the pixel
+APART = 3  # pixels at most between the places of what lies on both sides
 RARE = -3.0  # log-odds of a lesion pixel before anything is learnt
 
 
@@ -75,6 +77,8 @@ class SyntheticLesions(unet.UNetDetector):
         families = TAUGHT if split == "train" else KEPT_OUT
         image = varied(batch["image"], random) if split == "train" else batch["image"]
         own, reflected = image.tensor_split([len(self.modalities)], dim=1)
+        if self.settings.mirror:
+            own, reflected = twinned(own, reflected, batch["brain"], self.modalities, random)
         painted, lesion = paint(own, batch["brain"], self.modalities, families, random)
         if self.settings.mirror:
             reflected = (reflected + (painted - own).flip(-1)).clamp(0, HIGHEST) * batch["brain"][:, None]
@@ -97,7 +101,19 @@ class SyntheticLesions(unet.UNetDetector):
         return torch.sigmoid(self.forward(self.seen(image))[:, 0])
 
 
+def twinned(own, reflected, brain, modalities, random):
+    """Slices and reflections with what may look like a lesion, but lies on both sides, a little apart: nothing to find."""
+    twin = paint(own, brain, modalities, TAUGHT, random)[0] - own
+    down, across = torch.randint(-APART, APART + 1, (2,), generator=random).tolist()
+    other = (0.7 + 0.6 * torch.rand(1, generator=random).item()) * twin.flip(-1).roll((down, across), (-2, -1))
+    inside = brain[:, None]
+    one, two = twin + other, twin.flip(-1) + other.flip(-1)
+    return (own + one).clamp(0, HIGHEST) * inside, (reflected + two).clamp(0, HIGHEST) * inside
+
+
 def varied(image: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Slices as another scanner might show them: each [channel, row, column] with a gain and a gamma of its own."""
+    """Slices as another scanner might show them: each [channel, row, column] with a gain and a gamma of its own, and
+    each channel with a smooth field of its own over it."""
     gain, gamma = (2 * torch.rand(2, len(image), 1, 1, 1, generator=random) - 1).to(image.device)
-    return (image ** torch.exp(GAMMA * gamma) * torch.exp(GAIN * gain)).clamp(0, HIGHEST)
+    field = smooth_noise(len(image), image.shape[1], FIELD_GRID, image.shape[-1], random).to(image.device)
+    return (image ** torch.exp(GAMMA * gamma) * torch.exp(GAIN * gain + FIELD * field)).clamp(0, HIGHEST)
