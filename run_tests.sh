@@ -8,4 +8,4 @@ cd "$here"
 "$python" -m ruff check
 "$python" -m nbstripout --verify notebooks/*.ipynb tests/notebooks/*.ipynb ||
     refuse "These notebooks are stored with outputs." "Strip them: .venv/bin/nbstripout notebooks/*.ipynb tests/notebooks/*.ipynb"
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

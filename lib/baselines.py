@@ -37,7 +37,7 @@ class Intensity(Detector):
     """The scan itself, mean over modalities (Meissen et al., BrainLes 2021): bright is anomalous."""
 
     def maps(self, subject: PreparedSubject) -> np.ndarray:
-        return subject.image.mean(axis=0, dtype=np.float32) * subject.brain
+        return mean_of_present(subject.image) * subject.brain
 
 
 class IntensityMedian(Intensity):
@@ -86,7 +86,8 @@ class AtlasZ(Detector):
         shape = (len(self.modalities), *ATLAS_SHAPE)
         total, squares, count = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         for subject, usable in cohort.healthy_material("train"):
-            weight = _to_atlas((subject.brain & usable[:, None, None])[None].astype(np.float32), subject)
+            there = subject.image.any(axis=(1, 2, 3))[:, None, None, None]
+            weight = there * _to_atlas((subject.brain & usable[:, None, None])[None].astype(np.float32), subject)
             image = _to_atlas(subject.image.astype(np.float32), subject)
             total, squares, count = total + weight * image, squares + weight * image**2, count + weight
         total, squares, count = (
@@ -102,14 +103,21 @@ class AtlasZ(Detector):
 
     def maps(self, subject: PreparedSubject) -> np.ndarray:
         mean, spread = _from_atlas(self.mean, subject), _from_atlas(self.spread, subject)
-        distance = np.abs(subject.image.astype(np.float32) - mean) / np.maximum(spread, 1e-3)
-        return distance.mean(axis=0) * subject.brain
+        image = subject.image.astype(np.float32)
+        distance = np.abs(image - mean) / np.maximum(spread, 1e-3) * image.any(axis=(1, 2, 3), keepdims=True)
+        return mean_of_present(distance) * subject.brain
 
     def state(self) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(getattr(self, name)) for name in ("mean", "spread")}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         self.mean, self.spread = state["mean"].numpy(), state["spread"].numpy()
+
+
+def mean_of_present(values: np.ndarray) -> np.ndarray:
+    """Mean over the modalities of [modality, …] that are there, float32 […]: one that is missing is 0 everywhere."""
+    there = max(1, sum(one.any() for one in values))
+    return values.sum(axis=0, dtype=np.float32) / np.float32(there)
 
 
 def _box(subject: PreparedSubject) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from lib.intake import LESION_FREE, Gathered, examine, is_healthy
 from lib.preprocessing import OwnGrid, Recipe, prepare
 from lib.progress import bar
 
-FORMAT = 3  # of a subject's folder and all that is kept in it: raise it when one of them comes out differently
+FORMAT = 4  # of a subject's folder and all that is kept in it: raise it when one of them comes out differently
 LEAST_BRAIN = 0.05  # of a slice's square; emptier slices teach nothing
 GUARD = 2  # slices between a lesion and a slice that counts as lesion-free
 GRIDS = ("prepared", "scan")
@@ -185,6 +185,11 @@ class Cohort:
         return tuple(self.manifest["recipe"]["modalities"])
 
     @property
+    def incomplete(self) -> bool:
+        """Whether some subject lacks one of the modalities."""
+        return any(s.facts["missing"] for s in self.subjects)
+
+    @property
     def size(self) -> int:
         """Rows and columns of a slice."""
         return self.manifest["recipe"]["size"]
@@ -267,7 +272,7 @@ def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path) -> None:
     target = folder / subject.id
     if target.exists() and not (target / "facts.json").exists():  # damaged: whole folders are moved in at once
         shutil.rmtree(target)
-    scans = {m: volumes.read(subject.scans[m]) for m in recipe.modalities}
+    scans = {m: volumes.read(subject.scans[m]) for m in subject.having(recipe.modalities)}
     lesion = volumes.read(subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
     prepared = prepare(scans, lesion, recipe)
     place = folder / f".{subject.id}-{uuid.uuid4().hex}"
@@ -305,6 +310,7 @@ def _manifest(identity: str, gathered: Gathered, recipe: Recipe, folder: Path) -
                 "site": s.site,
                 "kind": s.kind,
                 "checksums": found["checksums"],
+                "missing": [m for m in recipe.modalities if m not in s.scans],
                 "lesion_ml": found["lesion_ml"],
                 "brain_litres": found["brain_litres"],
                 "lesion_outside_brain_ml": found["lesion_outside_brain_ml"],

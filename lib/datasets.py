@@ -4,7 +4,7 @@ import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +45,10 @@ class Subject:
     healthy: bool | None = None
     site: str | None = None
     kind: str | None = None
+
+    def having(self, modalities: Sequence[str]) -> tuple[str, ...]:
+        """Those of some modalities that it has, in their order."""
+        return tuple(m for m in modalities if m in self.scans)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def gather(
     pixel_mm: float = 2.0,
     splits: str = "",
     skip_broken: bool = False,
+    incomplete: bool = False,
     seed: int = 0,
     healthy: int = 24,
     patients: int = 16,
@@ -53,14 +54,15 @@ def gather(
     """Find, examine and split the subjects of a folder; nothing is written but what the examination remembers.
 
     `data`: a folder, or "" for the embedded cohort of `healthy` subjects and `patients` at `voxel_mm`;
-    `modalities`: names joined by commas; `size` × `pixel_mm`: the square that a brain must fit.
+    `modalities`: names joined by commas; `incomplete`: whether one of them is enough; `size` × `pixel_mm`: the square
+    that a brain must fit.
     Raises CourseError that lists every problem of every scan, unless `skip_broken`, which leaves those subjects out.
     """
     check_least("seed", seed, 0)
     folder = Path(data) if data else _embedded(healthy, patients, voxel_mm, seed)
     wanted = datasets.parse_modalities(modalities)
     dataset = datasets.find_subjects(folder, layout)
-    subjects, lacking = _with_modalities(dataset.subjects, wanted)
+    subjects, lacking = _with_modalities(dataset.subjects, wanted, incomplete)
     facts = examine(subjects, wanted, size * pixel_mm)
     broken = {s: record["problems"] for s, record in facts.items() if record["problems"]}
     if broken and not skip_broken:
@@ -72,7 +74,12 @@ def gather(
     left_out += _in_no_split(useful, assigned)
     used = tuple(s for s in useful if s.id in assigned)
     source = data or "embedded cohort (simulated; its figures are not to be compared with the literature)"
-    notes = (f"Data: {source}.", *dataset.notes, *_notes(used, facts, assigned, training, left_out))
+    notes = (
+        f"Data: {source}.",
+        *dataset.notes,
+        *_notes(used, facts, assigned, training, left_out),
+        *_missing(used, wanted),
+    )
     return Gathered(used, facts, assigned, training, tuple(left_out), notes)
 
 
@@ -102,7 +109,7 @@ def examine(subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm:
 def _examine_subject(subject: Subject, modalities: tuple[str, ...]) -> dict:
     record = {"problems": [], "checksums": {}, "identity": "", "brain_litres": 0.0, "extent_mm": [0, 0, 0]}
     record |= {"lesion_ml": 0.0, "lesion_outside_brain_ml": 0.0, "lesion_labels": [], "unoriented": []}
-    scans = {m: _attempt(record, subject.scans[m]) for m in modalities}
+    scans = {m: _attempt(record, subject.scans[m]) for m in subject.having(modalities)}
     lesion = _attempt(record, subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
     for modality, volume in scans.items():
         if volume:
@@ -227,7 +234,9 @@ class _Memory:
             self.records = {}
 
     def key(self, subject: Subject, modalities: tuple[str, ...]) -> str:
-        files = [subject.scans[m] for m in modalities] + ([subject.lesion_mask] if subject.lesion_mask else [])
+        files = [subject.scans[m] for m in subject.having(modalities)] + (
+            [subject.lesion_mask] if subject.lesion_mask else []
+        )
         seen = [(os.path.realpath(f), *((s.st_size, s.st_mtime_ns) if (s := _stat(f)) else ())) for f in files]
         return hashlib.sha256(json.dumps([EXAMINATION, seen, modalities, subject.healthy]).encode()).hexdigest()
 
@@ -251,11 +260,13 @@ def _embedded(healthy: int, patients: int, voxel_mm: float, seed: int) -> Path:
         return phantom.write_cohort(folder, **numbers, progress=lambda done, _: shown.update(done - shown.n))
 
 
-def _with_modalities(subjects, modalities) -> tuple[tuple[Subject, ...], list[dict]]:
-    complete = tuple(s for s in subjects if set(modalities) <= s.scans.keys())
+def _with_modalities(subjects, modalities, incomplete: bool) -> tuple[tuple[Subject, ...], list[dict]]:
+    needed = 1 if incomplete else len(modalities)
+    complete = tuple(s for s in subjects if len(s.having(modalities)) >= needed)
     if not complete:
         there = sorted({m for s in subjects for m in s.scans})
-        raise CourseError(f"No subject has {' and '.join(modalities)}.", f"The folder has: {', '.join(there)}.")
+        every = (" or " if incomplete else " and ").join(modalities)
+        raise CourseError(f"No subject has {every}.", f"The folder has: {', '.join(there)}.")
     lacking = [
         {"subject": s.id, "why": f"It has no {' and no '.join(m for m in modalities if m not in s.scans)}."}
         for s in subjects
@@ -302,6 +313,13 @@ def _assign(subjects, facts, stated: Mapping[str, str], left_out, seed: int) -> 
             raise CourseError(what, "Give at least three usable subjects, or other splits.")
     covered = {result.get(s) for s in healthy}
     return result, HEALTHY if {"train", "validation"} <= covered else LESION_FREE
+
+
+def _missing(subjects, modalities) -> Iterator[str]:
+    for modality in modalities:
+        lacking = sum(modality not in s.scans for s in subjects)
+        if lacking:
+            yield f"{lacking} of {len(subjects)} subjects have no {modality}: its channel is 0 in them."
 
 
 def _notes(subjects, facts, splits, training, left_out) -> Iterator[str]:

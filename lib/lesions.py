@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from lib.models.detector import LESION_SIGN
+from lib.training import present
 
 RADIUS = (1 / 32, 0.23)  # of a slice's side, drawn log-uniformly
 SOFTNESS = (0.3, 1.2)  # pixels; over twice as many an edge falls from 0.73 to 0.27
@@ -29,7 +30,8 @@ def paint(
     """Slices with up to two lesions each, and how far each pixel belongs to one: [batch, row, column] in [0, 1].
 
     `image` float32 [batch, modality, row, column] in [0, 1.5], `brain` bool [batch, row, column]; `families`: names in
-    FAMILIES, one of which fills each lesion; `random`: on the processor. Pixels outside the brain stay as they are.
+    FAMILIES, one of which fills each lesion; `random`: on the processor. Pixels outside the brain
+    and modalities that are missing stay as they are.
     """
     covered = torch.zeros_like(image[:, 0])
     there = torch.ones(len(image), dtype=torch.bool)
@@ -37,7 +39,7 @@ def paint(
         there = there & (torch.rand(len(image), generator=random) < often)
         share, depth = shapes(brain, random)
         share = share * there.to(image.device)[:, None, None]
-        push = pushes(len(image), modalities, random).to(image.device)
+        push = pushes(len(image), modalities, random).to(image.device) * present(image)
         which = torch.randint(len(families), (len(image),), generator=random)
         fills = torch.stack([FAMILIES[name](image, share[:, None], depth[:, None], push, random) for name in families])
         fill = fills[which, torch.arange(len(image))].clamp(0, HIGHEST)

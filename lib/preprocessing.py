@@ -77,18 +77,19 @@ class Prepared:
 def prepare(scans: Mapping[str, Volume], lesion: Volume | None, recipe: Recipe) -> Prepared:
     """Bring one subject's scans onto the prepared grid.
 
-    `scans`: a volume for each of the recipe's modalities, all on one grid, brain extracted (0 outside).
+    `scans`: a volume for each of the recipe's modalities, all on one grid, brain extracted (0 outside); a modality that
+    is missing is 0 everywhere, and its scale 1.
     Raises CourseError where the brain does not fit the recipe's square.
     """
-    volumes = [canonical(scans[m]) for m in recipe.modalities]
-    inside = brain_mask([v.voxels for v in volumes])
-    grid = _Grid.around(inside, volumes[0], recipe)
+    volumes = {m: canonical(scan) for m, scan in scans.items()}
+    inside = brain_mask([v.voxels for v in volumes.values()])
+    grid = _Grid.around(inside, next(iter(volumes.values())), recipe)
     brain = grid.sample_mask(inside)
     own_truth = canonical(lesion).voxels > 0 if lesion else np.zeros_like(inside)
     truth = grid.sample_mask(own_truth)
-    images, scales = zip(
-        *(NORMALISATIONS[recipe.normalisation](grid.sample(v.voxels), brain) for v in volumes), strict=True
-    )
+    normalised = {m: NORMALISATIONS[recipe.normalisation](grid.sample(v.voxels), brain) for m, v in volumes.items()}
+    missing = np.zeros(brain.shape, np.float32), 1.0
+    images, scales = zip(*(normalised.get(m, missing) for m in recipe.modalities), strict=True)
     image = np.stack(images)
     if recipe.clahe:
         image = np.stack([clahe(one) for one in image])

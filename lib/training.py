@@ -22,6 +22,7 @@ from lib.progress import bar
 from lib.volumes import write_bytes
 
 ROTATION_DEGREES = 10
+LEFT_OUT = 0.25  # share of the modalities that training leaves out where subjects lack some
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def train(
     each epoch everything that the next one depends on goes to `checkpoint`; with `resume`, one of the same cohort,
     plan, seed and network goes on where it stopped, to the same end.
     """
-    corrupt = corrupt or (lambda batch, random, split: batch)
+    corrupt = _corruption(corrupt, cohort)
     place(network, device)
     optimiser = torch.optim.Adam(network.parameters(), lr=plan.learning_rate)
     mean = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(plan.averaging))
@@ -161,6 +162,17 @@ def train(
     return state.history
 
 
+def _corruption(corrupt: Corrupt | None, cohort: Cohort) -> Corrupt:
+    """What is done to a batch: where subjects lack modalities, every slice may lack some in training."""
+
+    def both(batch: Batch, random: torch.Generator, split: str) -> Batch:
+        if cohort.incomplete and split == "train":
+            batch = leave_out(batch, len(cohort.modalities), random)
+        return corrupt(batch, random, split) if corrupt else batch
+
+    return both
+
+
 def augment(batch: Batch, random: torch.Generator) -> Batch:
     """Flip left and right, and rotate by up to 10°, each slice by chance and image and brain alike."""
     count, device = len(batch["image"]), batch["image"].device
@@ -172,6 +184,21 @@ def augment(batch: Batch, random: torch.Generator) -> Batch:
     image = functional.grid_sample(batch["image"], grid, align_corners=False)
     brain = functional.grid_sample(batch["brain"][:, None].float(), grid, align_corners=False)[:, 0] > 0.5
     return {"image": image * brain[:, None], "brain": brain}
+
+
+def leave_out(batch: Batch, modalities: int, random: torch.Generator) -> Batch:
+    """Each of so many modalities is 0 by chance, but never all that a slice has; further channels go with their own."""
+    there = present(batch["image"])[:, :modalities, 0, 0].cpu()
+    kept = torch.rand(there.shape, generator=random) >= LEFT_OUT
+    kept |= ~(kept & there).any(dim=1, keepdim=True)
+    channels = kept.repeat(1, batch["image"].shape[1] // modalities)[..., None, None]
+    return batch | {"image": batch["image"] * channels.to(batch["image"].device)}
+
+
+def present(image: torch.Tensor) -> torch.Tensor:
+    """Which modalities slices [batch, modality, row, column] have, bool [batch, modality, 1, 1]: one that is missing is
+    0 everywhere."""
+    return (image != 0).any(dim=(2, 3), keepdim=True)
 
 
 def _epoch(state: "State", loss: Loss, corrupt: Corrupt, slices: Slices, plan: Plan, random, device, progress) -> dict:

@@ -1,5 +1,6 @@
 """Small synthetic scans in the layout of BraTS, and a course folder of their own for tests that write."""
 
+import os
 import sys
 from functools import lru_cache
 
@@ -7,10 +8,17 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, a core each
+
 from lib import cohort, intake, volumes  # noqa: F401 (course_root needs them loaded)
 
 SEMI_AXES_MM = np.array([65.0, 80.0, 60.0])  # an ellipsoid of 1.3 litres
 MODALITIES = ("FLAIR", "T1", "T2")
+
+
+def pytest_collection_modifyitems(items):
+    """The course's runs take longest, so they begin first, beside everything else."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
 @lru_cache(maxsize=64)

@@ -12,14 +12,14 @@ from lib.models import dae, unet
 
 
 def noise(grid=8, sigma=0.2, side=32, count=400, seed=0, channels=1):
-    image, brain = torch.zeros(count, channels, side, side), torch.ones(count, side, side, dtype=torch.bool)
+    image, brain = torch.ones(count, channels, side, side), torch.ones(count, side, side, dtype=torch.bool)
     return dae.coarse_noise(image, brain, grid, sigma, torch.Generator().manual_seed(seed))
 
 
 def test_noise_is_zero_outside_the_brain_and_of_mean_zero_over_draws():
     brain = torch.zeros(400, 32, 32, dtype=torch.bool)
     brain[:, 8:24, 8:24] = True
-    drawn = dae.coarse_noise(torch.zeros(400, 2, 32, 32), brain, 8, 0.2, torch.Generator().manual_seed(0))
+    drawn = dae.coarse_noise(torch.ones(400, 2, 32, 32), brain, 8, 0.2, torch.Generator().manual_seed(0))
     assert drawn.shape == (400, 2, 32, 32)
     assert (drawn[~brain[:, None].expand_as(drawn)] == 0).all()
     assert drawn.mean(dim=0).abs().max() < 0.04  # four standard errors of 400 draws

@@ -15,15 +15,18 @@ from lib.models import autoencoder
 from lib.models.detector import residual
 
 SMALL = {"epochs": 2, "width": 8, "code": 2}
-CORRUPTED = ("dae", "synthetic_lesions", "synthetic_restoration")
+CORRUPTED = ("dae", "synthetic_lesions", "synthetic_restoration", "diffusion", "diffusion_patched")
 
 
+SMALL_VIT = {"epochs": 1, "patch": 8, "dim": 16, "depth": 1, "heads": 2}
 QUICK_GAN = {"epochs": 1, "width": 8, "latent": 8}
 FEW_STEPS = {
     "gan": QUICK_GAN,
     "anogan": QUICK_GAN | {"steps": 5, "restarts": 2},
     "f_anogan": QUICK_GAN | {"encoder_epochs": 1},
     "ganomaly": QUICK_GAN,
+    "vit_context_dropout": SMALL_VIT,
+    "vit_masked": SMALL_VIT,
     "single_ae": {"epochs": 2},
     "single_anogan": {"rounds": 1, "steps": 2, "search_steps": 2},
 }
@@ -32,7 +35,7 @@ FEW_STEPS = {
 def settings_of(name):
     if name in CORRUPTED:
         return {"epochs": 2, "width": 8}
-    return SMALL if name.startswith("ae") else FEW_STEPS.get(name, {})
+    return SMALL if name.startswith(("ae", "vae")) else FEW_STEPS.get(name, {})
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,16 @@ METHODS = ADVERSARIAL | {
     "ae", "ae_dense", "ae_ssim", "empty", "random", "intensity", "intensity_median", "atlas_z", "blur"
 }  # fmt: skip
 METHODS |= {"mirror", "single_masked", "single_similarity", "single_ensemble"}
-METHODS |= {"dae", "synthetic_lesions", "synthetic_restoration"}
+METHODS |= {"ae_attention", "vae", "vae_restoration", "vit_context_dropout", "vit_masked"}
+CORRUPTED = ("dae", "synthetic_lesions", "synthetic_restoration", "diffusion", "diffusion_patched")
+METHODS |= {*CORRUPTED, "features"}
+SHORT = """
+    02.epochs=1 02.encoder_epochs=1 02.ganomaly_epochs=1 02.shown_steps=10 02.steps=1
+    03.epochs=1 03.variants= 03.codes= 03.vae_epochs=1 03.restoration=false 03.clahe=false
+    05.epochs=1 05.copy_epochs=1 05.dropouts=
+    06.epochs=1 06.lesion_epochs=1 06.noise_grids= 06.restoration=false 06.patched=false 06.diffusion_epochs=1 06.encoders=
+"""
+FEW = [option for value in SHORT.split() for option in ("-p", value)]
 INTENSITY_MEDIAN = {
     "BRATS_HG0015": 0.89, "BraTS-GLI-00000-000": 0.76, "BraTS19_2013_2_1": 0.70, "BraTS19_2013_3_1": 0.38,
     "BraTS2021_00006": 0.98, "Brats18_2013_24_1": 0.88, "VSD_54512": 0.94, "brats_2013_pat0002_1": 0.94,
@@ -70,7 +79,7 @@ def texts(folder, name):
 def test_the_report_says_what_ran(whole):
     record = json.loads((whole / "run.json").read_text())
     assert record["status"] == "done"
-    assert [n["status"] for n in record["notebooks"].values()] == ["done"] * 6
+    assert [n["status"] for n in record["notebooks"].values()] == ["done"] * 7
     assert all(n["seconds"] > 0 and n["peak_memory_gb"] > 0 for n in record["notebooks"].values())
     page = (whole / "index.html").read_text()
     for word in ("intensity_median", "ae_dense", "embedded", "not for diagnosis", "torch"):
@@ -107,22 +116,43 @@ def test_02_plays_searches_and_writes_models_and_maps(whole):
 
 def test_03_trains_and_writes_models_and_maps(whole):
     said, pictures = texts(whole, "03_conv_autoencoder")
-    assert "Trained ae, ae_dense, ae_ssim" in said
-    assert pictures >= 6
-    for name in ("ae", "ae_dense", "ae_ssim"):
-        rows = json.loads((whole / "models" / f"{name}.history.json").read_text())["rows"]
-        assert rows[-1]["train"] < rows[0]["train"]
+    names = ("ae", "ae_dense", "ae_ssim", "ae_attention", "vae", "vae_restoration")
+    assert f"Trained {', '.join(names)}" in said
+    assert pictures >= 17
+    rows = {}
+    for name in names:
+        rows[name] = json.loads((whole / "models" / f"{name}.history.json").read_text())["rows"]
+        assert rows[name][-1]["train"] < rows[name][0]["train"]
         assert (whole / "models" / f"{name}.safetensors").exists()
+    assert rows["vae"] == rows["vae_restoration"]  # one training
+    assert "units are active" in said
+    assert "equalised" in said
+    assert {folder.name for folder in (whole / "models").glob("ae_code*")} == {"ae_code2", "ae_code16"}
+
+
+def test_05_copies_or_hides_and_shows_that_what_is_hidden_does_not_matter(whole):
+    said, pictures = texts(whole, "05_vision_transformer")
+    assert "Trained vit_context_dropout, vit_masked" in said
+    assert pictures >= 11
+    moves = {line.split(":")[0]: float(line.split()[-3]) for line in said.splitlines() if "patch moves by" in line}
+    assert moves["vit_masked"] == 0 < moves["vit_context_dropout"]
+    returned = {line.split()[0]: int(line.split()[2]) for line in said.splitlines() if "% of the synthetic" in line}
+    assert returned["vit_masked"] < returned["vit_context_dropout"]
+    for name in ("vit_context_dropout", "vit_masked"):
+        assert (whole / "models" / f"{name}.safetensors").exists()
+        assert len(list((whole / "maps" / name).iterdir())) == len(list((whole / "maps" / "ae").iterdir()))
 
 
 def test_06_teaches_by_corruption_and_stops_without_a_real_lesion(whole):
     said, pictures = texts(whole, "06_denoising")
-    assert "Trained dae, synthetic_lesions, synthetic_restoration" in said
+    assert "Trained dae, synthetic_lesions, synthetic_restoration, diffusion, diffusion_patched, features" in said
     assert "class UNet" in said
-    assert pictures >= 10
-    for name in ("dae", "synthetic_lesions", "synthetic_restoration"):
+    assert "def redrawn" in said
+    assert pictures >= 16
+    for name in CORRUPTED:
         rows = json.loads((whole / "models" / f"{name}.history.json").read_text())["rows"]
         assert rows[-1]["validation"] < rows[0]["validation"]
+    for name in (*CORRUPTED, "features"):
         assert len(list((whole / "maps" / name).glob("*.npz"))) == len(list((whole / "maps" / "ae").glob("*.npz")))
     assert {folder.name for folder in (whole / "models").glob("dae_grid*")} == {"dae_grid4", "dae_grid48"}
 
@@ -157,12 +187,7 @@ def test_08_judges_every_method_by_the_contract(whole):
 
 
 def test_seeds_and_the_scan_s_own_grid_are_one_parameter_each(tree, whole):
-    values = (
-        "03.epochs=1", "03.variants=", "06.epochs=1", "06.lesion_epochs=1", "06.noise_grids=", "06.restoration=false",
-        "08.baselines=intensity",
-    )  # fmt: skip
-    few = [option for value in values for option in ("-p", value)]
-    course(tree, "--run", "seeds", "-p", "seeds=2", "-p", "grid=scan", *few)
+    course(tree, "--run", "seeds", "-p", "seeds=2", "-p", "grid=scan", "-p", "08.baselines=intensity", *FEW)
     table = pd.read_csv(tree / "reports" / "seeds" / "results.csv", keep_default_na=False, na_values=[""])
     assert set(table[table.method == "ae"].seed) == {0, 1}
     assert table.note.str.contains("own grid").all()
@@ -202,7 +227,23 @@ def test_a_second_run_killed_in_the_middle_of_03_resumes_to_the_same_results_byt
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real scans of ../shared/data are not here")
 def test_real_patients_without_a_healthy_one(tree):
     course(
-        tree, "--run", "real", "--data", str(REAL), "--modality", "FLAIR", "-p", "01.pixel_mm=2.0", "-p", "01.size=96"
+        tree,
+        "--run",
+        "real",
+        "--data",
+        str(REAL),
+        "--modality",
+        "FLAIR",
+        "-p",
+        "01.pixel_mm=2.0",
+        "-p",
+        "01.size=96",
+        "-p",
+        "03.codes=",
+        "-p",
+        "03.restoration=false",
+        "-p",
+        "03.clahe=false",
     )
     folder = tree / "reports" / "real"
     table = pd.read_csv(folder / "results.csv", keep_default_na=False)

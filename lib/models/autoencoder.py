@@ -22,15 +22,18 @@ from lib.training import Batch, Forward, History, Plan, choose_device, derived_s
 DATA_RANGE = 1.5  # prepared intensities lie in [0, 1.5]
 SSIM_WINDOW = 11
 GROUPS = 8  # of channels that are normalised together
+HEADS = 4  # of the attention, where there is one
 
 
 @dataclass(frozen=True)
 class Settings:
     """`bottleneck`: "spatial" keeps a map of `code` channels at 1/16 of the size, "dense" a vector of 8 × `code`
-    numbers; `loss`: "l2" or "ssim"; `residual`: "signed" or "absolute"; `width`: channels of the first stage;
-    `size`: side of a slice in pixels, taken from the cohort; the rest as in training.Plan."""
+    numbers; `attention`: whether each place of the coarsest stage sees all others (after Vaswani et al., NIPS 2017);
+    `loss`: "l2" or "ssim"; `residual`: "signed" or "absolute"; `width`: channels of the first stage; `size`: side of a
+    slice in pixels, taken from the cohort; the rest as in training.Plan."""
 
     bottleneck: str = "spatial"
+    attention: bool = False
     loss: str = "l2"
     residual: str = "signed"
     code: int = 16
@@ -64,12 +67,27 @@ class Network(nn.Module):
             nn.Sequential(nn.Upsample(scale_factor=2), _stage(a, b))
             for a, b in zip(widths[::-1], widths[-2::-1], strict=False)
         ]
+        attention = [Attention(widths[-1])] if settings.attention else []
         last = [nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(w, channels, 3, padding=1)]
-        self.encoder = nn.Sequential(*down, _squeeze(widths[-1], side, settings))
+        self.encoder = nn.Sequential(*down, *attention, squeeze(widths[-1], side, settings))
         self.decoder = nn.Sequential(_expand(widths[-1], side, settings), *up, *last)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.encoder(image))
+
+
+class Attention(nn.Module):
+    """Adds to each place of a map [batch, channel, row, column] what it takes from all places."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.heads = nn.MultiheadAttention(channels, HEADS, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        taken, _ = self.heads(tokens, tokens, tokens, need_weights=False)
+        return x + taken.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Autoencoder(SliceDetector):
@@ -82,16 +100,27 @@ class Autoencoder(SliceDetector):
         return Network(len(self.modalities), self.settings)
 
     def fit(self, cohort: Cohort, *, out: Path, device: str = "auto", resume: bool = True, seed: int = 0) -> History:
-        torch.manual_seed(derived_seed(seed, self.name, "weights"))
+        name = self.training
+        torch.manual_seed(derived_seed(seed, name, "weights"))
         self.settings = replace(self.settings, size=cohort.size)
         self.network = self.build()
         self.device = choose_device(device)
         s = self.settings
         plan = Plan(s.epochs, s.batch_size, s.learning_rate, s.patience)
-        place, own = out / f"{self.name}.checkpoint", derived_seed(seed, self.name, s.loss)
         return train(
-            self.network, self.loss, cohort, plan, checkpoint=place, seed=own, device=self.device, resume=resume
-        )
+            self.network, self.loss, cohort, plan, checkpoint=out / f"{name}.checkpoint",
+            seed=derived_seed(seed, name, *self.task), device=self.device, resume=resume,
+        )  # fmt: skip
+
+    @property
+    def training(self) -> str:
+        """The name of its training, which detectors of one run may share."""
+        return self.name
+
+    @property
+    def task(self) -> tuple:
+        """What the training depends on beside its plan and the network."""
+        return (self.settings.loss,)
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Squared error over the whole square (background is 0 and easily learnt), or 1 − SSIM."""
@@ -128,7 +157,8 @@ def _stage(incoming: int, outgoing: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(incoming, outgoing, 3, stride, padding=1), nn.GroupNorm(GROUPS, outgoing), nn.SiLU())
 
 
-def _squeeze(width: int, side: int, settings: Settings) -> nn.Module:
+def squeeze(width: int, side: int, settings: Settings) -> nn.Module:
+    """From the coarsest stage, `width` channels of `side` × `side` pixels, to the code."""
     if settings.bottleneck == "spatial":
         return nn.Conv2d(width, settings.code, 1)
     return nn.Sequential(nn.Flatten(), nn.Linear(width * side**2, 8 * settings.code))

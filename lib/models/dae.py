@@ -12,7 +12,7 @@ from lib.errors import check_choice, check_least
 from lib.lesions import KEPT_OUT, TAUGHT, paint, smooth_noise
 from lib.models import unet
 from lib.models.detector import residual
-from lib.training import Batch, Forward
+from lib.training import Batch, Forward, present
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ class SyntheticRestoration(DenoisingAutoencoder):
 def coarse_noise(
     image: torch.Tensor, brain: torch.Tensor, grid: int, sigma: float, random: torch.Generator
 ) -> torch.Tensor:
-    """Noise for slices [batch, modality, row, column], inside `brain` [batch, row, column]: of mean 0 and standard
-    deviation `sigma` at the points of a grid that lies elsewhere every time, bilinear in between."""
+    """Noise for slices [batch, modality, row, column], inside `brain` [batch, row, column] and where a modality is not
+    missing: of mean 0 and standard deviation `sigma` at the points of a grid that lies elsewhere every time, bilinear
+    in between."""
     count, channels, side, _ = image.shape
     cell = -(-side // grid)
     noise = sigma * smooth_noise(count, channels, grid + 2, cell * (grid + 1) + 1, random)
     starts = torch.randint(cell, (count, 2), generator=random).tolist()
     cut = torch.stack([n[:, r : r + side, c : c + side] for n, (r, c) in zip(noise, starts, strict=True)])
-    return cut.to(image.device) * brain[:, None]
+    return cut.to(image.device) * brain[:, None] * present(image)

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from lib.cohort import Cohort, PreparedSubject
 from lib.errors import CourseError
-from lib.training import Forward, History, choose_device, mixed_precision, place
+from lib.training import Forward, History, choose_device, mixed_precision, place, present
 from lib.volumes import write_bytes
 
 HIGHEST = 0.01  # share of a slice's brain whose mean is the slice's score
@@ -126,16 +126,13 @@ def residual(image: torch.Tensor, expected: torch.Tensor, modalities: tuple[str,
     """What an image has beyond the healthy one expected, mean over modalities: [batch, row, column], ≥ 0.
 
     Both [batch, modality, row, column]. `kind` "absolute", or "signed": only the side on which lesions lie in a
-    modality (bright in FLAIR, T2 and PD, dark in T1), after Baur et al. 2021.
+    modality (bright in FLAIR, T2 and PD, dark in T1), after Baur et al. 2021. A modality that is missing has none.
     """
-    left = image - expected
-    if kind == "absolute":
-        return left.abs().mean(dim=1)
-    sides = [
-        (left[:, i] * LESION_SIGN[m]).clamp(min=0) if m in LESION_SIGN else left[:, i].abs()
-        for i, m in enumerate(modalities)
-    ]
-    return torch.stack(sides).mean(dim=0)
+    there = present(image)
+    left = (image - expected) * there
+    signs = [0 if kind == "absolute" else LESION_SIGN.get(m, 0) for m in modalities]
+    sides = [(left[:, i] * sign).clamp(min=0) if sign else left[:, i].abs() for i, sign in enumerate(signs)]
+    return torch.stack(sides).sum(dim=0) / there.sum(dim=1).clamp(min=1)
 
 
 def read_file(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:

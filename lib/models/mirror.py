@@ -154,13 +154,13 @@ def reflect(volume: np.ndarray, plane: Plane, edges: np.ndarray) -> np.ndarray:
 
 
 def sided(difference: np.ndarray, modalities: tuple[str, ...]) -> np.ndarray:
-    """The side of a difference [modality, …] on which lesions lie, mean over modalities, ≥ 0: above 0 in FLAIR, T2
-    and PD, below in T1, elsewhere both."""
+    """The side of a difference [modality, …] on which lesions lie, mean over the modalities that are there, ≥ 0: above
+    0 in FLAIR, T2 and PD, below in T1, elsewhere both."""
     sides = [
         (LESION_SIGN[m] * one).clip(0) if m in LESION_SIGN else abs(one)
         for m, one in zip(modalities, difference, strict=True)
     ]
-    return np.mean(sides, axis=0, dtype=np.float32)
+    return np.sum(sides, axis=0, dtype=np.float32) / max(1, sum(one.any() for one in difference))
 
 
 @lru_cache(maxsize=512)

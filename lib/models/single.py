@@ -207,6 +207,8 @@ class SidedMedian(Detector):
     def maps(self, subject: PreparedSubject) -> np.ndarray:
         scan, sides = Scan.of(subject), []
         for one, modality in zip(scan.image, self.modalities, strict=True):
+            if not one.any():
+                continue
             code = postprocessing.median(metrics.codes(one), scan.brain)
             smooth = metrics.values_of(code).astype(np.float32)
             inside = smooth[scan.brain]
