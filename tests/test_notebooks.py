@@ -29,7 +29,8 @@ SHORT = """
     02.epochs=1 02.encoder_epochs=1 02.ganomaly_epochs=1 02.shown_steps=10 02.steps=1
     03.epochs=1 03.variants= 03.codes= 03.vae_epochs=1 03.restoration=false 03.clahe=false
     05.epochs=1 05.copy_epochs=1 05.dropouts=
-    06.epochs=1 06.lesion_epochs=1 06.noise_grids= 06.restoration=false 06.patched=false 06.diffusion_epochs=1 06.encoders=
+    06.epochs=1 06.lesion_epochs=1 06.noise_grids= 06.restoration=false 06.patched=false 06.diffusion_epochs=1
+    06.encoders=
 """
 FEW = [option for value in SHORT.split() for option in ("-p", value)]
 INTENSITY_MEDIAN = {

@@ -22,9 +22,11 @@ from lib.models.mirror import Scan, reflect
 from lib.training import Batch, Forward, History
 
 GAIN, GAMMA = 0.1, 0.2  # a slice's brightness and its gamma vary by factors of exp(± this)
-FIELD, FIELD_GRID = 0.08, 4  # standard deviation of the logarithm of a field over the slice; points a side it is drawn on
+FIELD, FIELD_GRID = 0.08, 4  # a field over the slice: standard deviation of its logarithm, points a side it is drawn on
 SMOOTHING = 4.0  # pixels, of the difference between both sides, which never agree to the pixel
-APART = 3  # pixels at most between the places of what lies on both sides
+TWINS = 0.5  # share of slices whose lesion-like spot gets a twin on the other side
+APART, UNLIKE = 3, 0.3  # pixels that twins may lie off, share by which one may be stronger
+MIDDLE = 10  # pixels from the middle of a slice within which there are none: lesions may cross it
 RARE = -3.0  # log-odds of a lesion pixel before anything is learnt
 
 
@@ -78,7 +80,7 @@ class SyntheticLesions(unet.UNetDetector):
         image = varied(batch["image"], random) if split == "train" else batch["image"]
         own, reflected = image.tensor_split([len(self.modalities)], dim=1)
         if self.settings.mirror:
-            own, reflected = twinned(own, reflected, batch["brain"], self.modalities, random)
+            own, reflected = twinned(own, reflected, batch["brain"], self.modalities, families, random)
         painted, lesion = paint(own, batch["brain"], self.modalities, families, random)
         if self.settings.mirror:
             reflected = (reflected + (painted - own).flip(-1)).clamp(0, HIGHEST) * batch["brain"][:, None]
@@ -101,14 +103,20 @@ class SyntheticLesions(unet.UNetDetector):
         return torch.sigmoid(self.forward(self.seen(image))[:, 0])
 
 
-def twinned(own, reflected, brain, modalities, random):
-    """Slices and reflections with what may look like a lesion, but lies on both sides, a little apart: nothing to find."""
-    twin = paint(own, brain, modalities, TAUGHT, random)[0] - own
-    down, across = torch.randint(-APART, APART + 1, (2,), generator=random).tolist()
-    other = (0.7 + 0.6 * torch.rand(1, generator=random).item()) * twin.flip(-1).roll((down, across), (-2, -1))
+def twinned(
+    own: torch.Tensor, reflected: torch.Tensor, brain: torch.Tensor, modalities: tuple[str, ...],
+    families: tuple[str, ...], random: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Slices and their reflections with what looks like a lesion but lies on both sides, a little apart and of unlike
+    strength: nothing to find."""
+    away = (torch.arange(own.shape[-1], device=own.device) - (own.shape[-1] - 1) / 2).abs() - MIDDLE
+    often = (torch.rand(len(own), 1, 1, 1, generator=random) < TWINS).to(own.device)
+    left = (paint(own, brain, modalities, families, random)[0] - own) * often * torch.sigmoid(away)
+    shift = torch.randint(-APART, APART + 1, (2,), generator=random).tolist()
+    strength = 1 + UNLIKE * (2 * torch.rand(len(own), 1, 1, 1, generator=random) - 1).to(own.device)
+    both = left + strength * left.flip(-1).roll(shift, (-2, -1))
     inside = brain[:, None]
-    one, two = twin + other, twin.flip(-1) + other.flip(-1)
-    return (own + one).clamp(0, HIGHEST) * inside, (reflected + two).clamp(0, HIGHEST) * inside
+    return (own + both).clamp(0, HIGHEST) * inside, (reflected + both.flip(-1)).clamp(0, HIGHEST) * inside
 
 
 def varied(image: torch.Tensor, random: torch.Generator) -> torch.Tensor:
