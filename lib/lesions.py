@@ -97,13 +97,6 @@ def ring(image, share, depth, push, random):
     return image + push * (core + (1 - core) * torch.sigmoid((depth - 0.6) * 10))
 
 
-def cavity(image, share, depth, push, random):
-    """A rim around a core on the other side of the contrast: a necrosis, a cyst."""
-    edge, core = torch.rand(2, len(image), 1, 1, 1, generator=random).to(image.device)
-    inner = torch.sigmoid((0.5 + 0.4 * edge - depth) * 10)
-    return image + push * (1 - inner) - inner * push.sign() * (0.2 + 0.5 * core)
-
-
 def foreign(image, share, depth, push, random):
     """Half of what differs in another slice of the batch, on the lesion's side."""
     return image + push / 2 + push.sign() * (image.roll(1, dims=0) - image).abs() / 2
@@ -114,6 +107,6 @@ def gain(image, share, depth, push, random):
     return image * (1 + 2 * push)
 
 
-FAMILIES = {function.__name__: function for function in (textured, flat, ring, cavity, foreign, gain)}
-TAUGHT = ("textured", "flat", "ring", "cavity")
+FAMILIES = {function.__name__: function for function in (textured, flat, ring, foreign, gain)}
+TAUGHT = ("textured", "flat", "ring")
 KEPT_OUT = ("foreign", "gain")

@@ -7,11 +7,10 @@ import torch
 from scipy.stats import rankdata, spearmanr
 
 from lib import models
-from lib.lesions import TAUGHT
 from lib.models.mirror import Mirror, smoother
 from lib.models.sided import SMOOTHING_MM, WEIGHTS, SidedEnsemble
 from lib.models.single import SidedMedian
-from lib.models.synthetic import APART, SyntheticLesions, twinned
+from lib.models.synthetic import SyntheticLesions
 
 SHORT = {"epochs": 2, "steps": 4, "width": 8}
 
@@ -62,18 +61,3 @@ def test_the_network_is_trained_once_for_both(prepared, tmp_path, monkeypatch):
 def test_further_seeds_train_under_the_network_s_name(prepared):
     assert models.create("sided_ensemble@2", prepared.modalities).training == "synthetic_lesions@2"
     assert models.create("dae@1", prepared.modalities).training == "dae@1"
-
-
-def test_twins_lie_on_both_sides_of_slice_and_reflection():
-    brain = torch.zeros(64, 48, 48, dtype=torch.bool)
-    brain[:, 6:42, 6:42] = True
-    blank = 0.5 * brain[:, None].float()
-    own, reflected = twinned(blank, blank, brain, ("FLAIR",), TAUGHT, torch.Generator().manual_seed(0))
-    assert torch.equal(own[~brain[:, None]], blank[~brain[:, None]])
-    assert 0.2 < ((own - blank).abs().amax(dim=(1, 2, 3)) > 0.1).float().mean() < 0.6
-    assert (own - blank)[..., 23:25].abs().max() < 0.05  # a lesion may cross the middle
-    assert torch.allclose(reflected, own.flip(-1), atol=1e-6)  # the reflection of a scan is its mirror image
-    change, across = (own - blank)[:, 0], (reflected - blank)[:, 0]
-    near = torch.nn.functional.max_pool2d(across[:, None], 2 * APART + 1, 1, APART)[:, 0]
-    strong = change > 0.25
-    assert (near[strong] > 0.05).float().mean() > 0.95

@@ -40,23 +40,13 @@ def test_lesions_lie_inside_the_brain_and_change_nothing_else(family):
     assert ((result >= 0) & (result <= lesions.HIGHEST)).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES.keys() - {"cavity"})
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("modality", "sign"), [("FLAIR", 1), ("T2", 1), ("PD", 1), ("T1", -1)])
 def test_lesions_are_bright_or_dark_as_the_modality_has_them(family, modality, sign):
     image, result, share = painted([family], (modality,))
     inside = share.sum(dim=(1, 2)) > 20
     change = ((result - image)[:, 0] * share).sum(dim=(1, 2)) / share.sum(dim=(1, 2)).clamp(min=1)
     assert (sign * change[inside] > 0).all()
-
-
-@pytest.mark.parametrize(("modality", "sign"), [("FLAIR", 1), ("T1", -1)])
-def test_a_cavity_has_a_rim_on_the_lesion_s_side_and_a_core_on_the_other(modality, sign):
-    image, result, share = painted(["cavity"], (modality,), count=256)
-    change = sign * (result - image)[:, 0]
-    large = share.sum(dim=(1, 2)) > 150
-    assert large.sum() > 20
-    assert (change[large].amax(dim=(1, 2)) > 0.05).float().mean() > 0.8
-    assert (change[large].amin(dim=(1, 2)) < -0.1).float().mean() > 0.9
 
 
 def test_lesions_are_both_where_no_side_is_known():
@@ -81,7 +71,7 @@ def test_edges_are_soft_and_sizes_and_places_vary():
     assert 0.1 < partial < 0.7
     areas = share.sum(dim=(1, 2))
     assert 0.15 < (areas == 0).float().mean() < 0.35  # a quarter without
-    assert areas.max() > 15 * areas[areas > 0].quantile(0.1)
+    assert areas.max() > 20 * areas[areas > 0].quantile(0.1)
     rows, columns = share.amax(dim=2) > 0.9, share.amax(dim=1) > 0.9
     assert rows.any(dim=0)[8:40].all()
     assert columns.any(dim=0)[8:40].all()
@@ -109,8 +99,7 @@ def test_families_that_judge_are_none_of_those_that_teach(monkeypatch):
     assert set(used) == set(KEPT_OUT)
 
 
-def test_the_reflection_shows_the_lesions_on_the_other_side_where_there_is_nothing_to_find(monkeypatch):
-    monkeypatch.setattr(synthetic, "TWINS", 0)
+def test_the_reflection_shows_the_lesions_on_the_other_side_where_there_is_nothing_to_find():
     detector = models.create("synthetic_lesions", ("FLAIR", "T1"))
     image, brain = slices(modalities=4)
     batch = detector.corrupt({"image": image, "brain": brain}, torch.Generator().manual_seed(0), "validation")

@@ -16,17 +16,13 @@ from monai.networks.layers import GaussianFilter
 from torch.nn import functional
 
 from lib.cohort import Cohort, PreparedSubject
-from lib.lesions import HIGHEST, KEPT_OUT, TAUGHT, paint, smooth_noise
+from lib.lesions import HIGHEST, KEPT_OUT, TAUGHT, paint
 from lib.models import unet
 from lib.models.mirror import Scan, reflect
 from lib.training import Batch, Forward, History
 
 GAIN, GAMMA = 0.1, 0.2  # a slice's brightness and its gamma vary by factors of exp(± this)
-FIELD, FIELD_GRID = 0.08, 4  # a field over the slice: standard deviation of its logarithm, points a side it is drawn on
 SMOOTHING = 4.0  # pixels, of the difference between both sides, which never agree to the pixel
-TWINS = 0.5  # share of slices whose lesion-like spot gets a twin on the other side
-APART, UNLIKE = 3, 0.3  # pixels that twins may lie off, share by which one may be stronger
-MIDDLE = 10  # pixels from the middle of a slice within which there are none: lesions may cross it
 RARE = -3.0  # log-odds of a lesion pixel before anything is learnt
 
 
@@ -79,8 +75,6 @@ class SyntheticLesions(unet.UNetDetector):
         families = TAUGHT if split == "train" else KEPT_OUT
         image = varied(batch["image"], random) if split == "train" else batch["image"]
         own, reflected = image.tensor_split([len(self.modalities)], dim=1)
-        if self.settings.mirror:
-            own, reflected = twinned(own, reflected, batch["brain"], self.modalities, families, random)
         painted, lesion = paint(own, batch["brain"], self.modalities, families, random)
         if self.settings.mirror:
             reflected = (reflected + (painted - own).flip(-1)).clamp(0, HIGHEST) * batch["brain"][:, None]
@@ -103,25 +97,7 @@ class SyntheticLesions(unet.UNetDetector):
         return torch.sigmoid(self.forward(self.seen(image))[:, 0])
 
 
-def twinned(
-    own: torch.Tensor, reflected: torch.Tensor, brain: torch.Tensor, modalities: tuple[str, ...],
-    families: tuple[str, ...], random: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Slices and their reflections with what looks like a lesion but lies on both sides, a little apart and of unlike
-    strength: nothing to find."""
-    away = (torch.arange(own.shape[-1], device=own.device) - (own.shape[-1] - 1) / 2).abs() - MIDDLE
-    often = (torch.rand(len(own), 1, 1, 1, generator=random) < TWINS).to(own.device)
-    left = (paint(own, brain, modalities, families, random)[0] - own) * often * torch.sigmoid(away)
-    shift = torch.randint(-APART, APART + 1, (2,), generator=random).tolist()
-    strength = 1 + UNLIKE * (2 * torch.rand(len(own), 1, 1, 1, generator=random) - 1).to(own.device)
-    both = left + strength * left.flip(-1).roll(shift, (-2, -1))
-    inside = brain[:, None]
-    return (own + both).clamp(0, HIGHEST) * inside, (reflected + both.flip(-1)).clamp(0, HIGHEST) * inside
-
-
 def varied(image: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Slices as another scanner might show them: each [channel, row, column] with a gain and a gamma of its own, and
-    each channel with a smooth field of its own over it."""
+    """Slices as another scanner might show them: each [channel, row, column] with a gain and a gamma of its own."""
     gain, gamma = (2 * torch.rand(2, len(image), 1, 1, 1, generator=random) - 1).to(image.device)
-    field = smooth_noise(len(image), image.shape[1], FIELD_GRID, image.shape[-1], random).to(image.device)
-    return (image ** torch.exp(GAMMA * gamma) * torch.exp(GAIN * gain + FIELD * field)).clamp(0, HIGHEST)
+    return (image ** torch.exp(GAMMA * gamma) * torch.exp(GAIN * gain)).clamp(0, HIGHEST)
