@@ -21,7 +21,7 @@ from lib.cohort import Cohort
 from lib.preprocessing import Recipe
 
 BRATS = ROOT.parent / "shared" / "data" / "brats"
-METHODS = "synthetic_lesions,dae,mirror,intensity_median,intensity,blur,random"
+METHODS = "sided_ensemble,synthetic_lesions,dae,mirror,intensity_median,intensity,blur,random"
 FOLDS = 3
 VALIDATED = 4  # of the patients that are not tested, one in so many stops the training
 

@@ -15,7 +15,9 @@ from lib.models import autoencoder
 from lib.models.detector import residual
 
 SMALL = {"epochs": 2, "width": 8, "code": 2}
-CORRUPTED = ("dae", "synthetic_lesions", "synthetic_restoration", "diffusion", "diffusion_patched")
+CORRUPTED = (
+    "dae", "synthetic_lesions", "synthetic_restoration", "sided_ensemble", "diffusion", "diffusion_patched"
+)  # fmt: skip
 
 
 SMALL_VIT = {"epochs": 1, "patch": 8, "dim": 16, "depth": 1, "heads": 2}

@@ -23,7 +23,9 @@ METHODS = ADVERSARIAL | {
 }  # fmt: skip
 METHODS |= {"mirror", "single_masked", "single_similarity", "single_ensemble"}
 METHODS |= {"ae_attention", "vae", "vae_restoration", "vit_context_dropout", "vit_masked"}
-CORRUPTED = ("dae", "synthetic_lesions", "synthetic_restoration", "diffusion", "diffusion_patched")
+CORRUPTED = (
+    "dae", "synthetic_lesions", "synthetic_restoration", "sided_ensemble", "diffusion", "diffusion_patched"
+)  # fmt: skip
 METHODS |= {*CORRUPTED, "features"}
 SHORT = """
     02.epochs=1 02.encoder_epochs=1 02.ganomaly_epochs=1 02.shown_steps=10 02.steps=1
@@ -140,7 +142,7 @@ def test_05_copies_or_hides_and_shows_that_what_is_hidden_does_not_matter(whole)
 
 def test_06_teaches_by_corruption_and_stops_without_a_real_lesion(whole):
     said, pictures = texts(whole, "06_denoising")
-    assert "Trained dae, synthetic_lesions, synthetic_restoration, diffusion, diffusion_patched, features" in said
+    assert f"Trained {', '.join((*CORRUPTED, 'features'))}" in said
     assert "class UNet" in said
     assert "def redrawn" in said
     assert pictures >= 16

@@ -21,6 +21,7 @@ DETECTORS = {
     "vit_masked": ("lib.models.vit:Masked", {}),
     "dae": ("lib.models.dae:DenoisingAutoencoder", {}),
     "synthetic_lesions": ("lib.models.synthetic:SyntheticLesions", {}),
+    "sided_ensemble": ("lib.models.sided:SidedEnsemble", {}),
     "synthetic_restoration": ("lib.models.dae:SyntheticRestoration", {}),
     "diffusion": ("lib.models.diffusion:Diffusion", {}),
     "diffusion_patched": ("lib.models.diffusion:PatchedDiffusion", {}),

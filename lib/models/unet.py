@@ -68,16 +68,21 @@ class UNetDetector(SliceDetector):
     family = "corruption"
     averaging = 0.0  # as in training.Plan
 
+    @property
+    def training(self) -> str:
+        """The name of its training; detectors that share one train once."""
+        return self.name
+
     def fit(self, cohort: Cohort, *, out: Path, device: str = "auto", resume: bool = True, seed: int = 0) -> History:
-        torch.manual_seed(derived_seed(seed, self.name, "weights"))
+        torch.manual_seed(derived_seed(seed, self.training, "weights"))
         self.network = self.build()
         self.device = choose_device(device)
         s = self.settings
         how = {"cosine": True, "averaging": self.averaging, "steps": s.steps}
         plan = Plan(s.epochs, s.batch_size, s.learning_rate, s.patience, **how)
         return train(
-            self.network, self.loss, cohort, plan, corrupt=self.corrupt, checkpoint=out / f"{self.name}.checkpoint",
-            seed=derived_seed(seed, self.name, asdict(s)), device=self.device, resume=resume,
+            self.network, self.loss, cohort, plan, corrupt=self.corrupt, checkpoint=out / f"{self.training}.checkpoint",
+            seed=derived_seed(seed, self.training, asdict(s)), device=self.device, resume=resume,
         )  # fmt: skip
 
     def corrupt(self, batch: Batch, random: torch.Generator, split: str) -> Batch:
