@@ -44,16 +44,15 @@ def folds(whole: Cohort, seed: int) -> Iterator[Cohort]:
 
 
 def measured(whole: Cohort, names: list[str], seed: int) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Average precision by method and patient, and seconds of processor time by method, training included."""
+    """Average precision by method and patient, and seconds of processor time by method, training and maps included."""
     found, seconds = {name: {} for name in names}, dict.fromkeys(names, 0.0)
     for split in folds(whole, seed):
         for name in names:
             detector, started = models.create(name, whole.modalities), time.process_time()
             with tempfile.TemporaryDirectory() as out:
                 detector.fit(split, out=Path(out), seed=seed)
-            maps = {s: detector.maps(s) for s in split.split("test")}
+            found[name] |= {s.id: single_scan.precision(s, detector.maps(s)) for s in split.split("test")}
             seconds[name] += time.process_time() - started
-            found[name] |= {s.id: single_scan.precision(s, one) for s, one in maps.items()}
     return found, seconds
 
 
