@@ -2,7 +2,7 @@
 
 Three folds: every patient is tested once, by detectors that learnt from lesion-free slices of patients of the other two
 folds. Mean over patients of the voxel average precision inside the brain with its 95 % bootstrap interval, and the
-paired difference of the first method to each other one on the same patients.
+paired difference of each method to the first one on the same patients.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from benchmarks.single_scan import show
 from lib import ROOT, cohort, intake, models, single_scan
 from lib.cohort import Cohort
 from lib.preprocessing import Recipe
@@ -56,28 +57,10 @@ def measured(whole: Cohort, names: list[str], seed: int) -> tuple[dict[str, dict
     return found, seconds
 
 
-def table_of(found: dict[str, dict[str, float]], seconds: dict[str, float], modalities: str) -> pd.DataFrame:
-    """A row a method: mean and interval, the paired difference of the first method to it, processor time."""
-    first = next(iter(found))
-    table = single_scan.against(found, first)
-    gap = ["difference", "difference_low", "difference_high"]
-    table[gap] = -table[["difference", "difference_high", "difference_low"]].to_numpy()
-    return table.assign(seconds=pd.Series(seconds), modality=modalities)
-
-
-def show(table: pd.DataFrame, first: str) -> None:
-    print(f"{table.modality.iloc[0]}, {table.n.iloc[0]:.0f} patients: mean voxel AP, and what {first} has more")
-    print(f"{'':>24}{'AP':>7}{'95 % interval':>16}{'difference':>12}{'95 % interval':>18}{'s CPU':>8}")
-    for r in table.itertuples():
-        own = f"{r.ap_low:.3f} to {r.ap_high:.3f}"
-        gap = f"{r.difference_low:+.3f} to {r.difference_high:+.3f}"
-        print(f"{r.Index:>24}{r.ap:7.3f}{own:>16}{r.difference:+12.3f}{gap:>18}{r.seconds:8.0f}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default=str(BRATS), metavar="DIR", help="scans with lesion masks")
-    parser.add_argument("--methods", default=METHODS, help="joined by commas; the first is compared with each other")
+    parser.add_argument("--methods", default=METHODS, help="joined by commas; each is compared with the first")
     parser.add_argument("--modality", default="FLAIR,T2", help="each on its own; joined by + together")
     parser.add_argument("--size", type=int, default=96, help="rows and columns of a slice")
     parser.add_argument("--pixel-mm", type=float, default=2.0, help="edge of a pixel")
@@ -87,7 +70,8 @@ def main() -> None:
     names, tables = given.methods.split(","), []
     for together in given.modality.split(","):
         whole = prepared(given.data, together.replace("+", ","), given.size, given.pixel_mm)
-        tables.append(table_of(*measured(whole, names, given.seed), together))
+        found, seconds = measured(whole, names, given.seed)
+        tables.append(single_scan.against(found, names[0]).assign(seconds=pd.Series(seconds), modality=together))
         show(tables[-1], names[0])
     if given.json:
         columns = {"ap_low": "low", "ap_high": "high"}

@@ -64,8 +64,8 @@ def attempted(subjects: list[PreparedSubject], modality: str) -> pd.DataFrame:
     return single_scan.against(found, BASELINE).assign(seconds=float("nan"), modality=modality)
 
 
-def show(table: pd.DataFrame) -> None:
-    print(f"{table.modality.iloc[0]}, {table.n.iloc[0]} patients: mean voxel AP, and difference to {BASELINE}")
+def show(table: pd.DataFrame, baseline: str = BASELINE) -> None:
+    print(f"{table.modality.iloc[0]}, {table.n.iloc[0]:.0f} patients: mean voxel AP, and difference to {baseline}")
     print(f"{'':>28}{'AP':>7}{'95 % interval':>16}{'difference':>12}{'95 % interval':>18}{'s CPU':>8}")
     for r in table.itertuples():
         own = f"{r.ap_low:.3f} to {r.ap_high:.3f}"

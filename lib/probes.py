@@ -1,13 +1,18 @@
 """Things to show a detector that it never saw, made from a healthy slice: what it marks there tells what it learnt."""
 
 import numpy as np
+import torch
 from scipy import ndimage
+
+from lib.cohort import Cohort
+from lib.lesions import KEPT_OUT, paint
 
 RADIUS = 0.1  # of the discs, in sides of a slice
 CELL = 3  # pixels, of the checkerboard
 BRIGHT = 1.0  # prepared intensity of the bright disc
 INVERTED = 1.1  # prepared intensity that becomes 0
 DEGREES = 30
+HELD = 48  # healthy validation slices with synthetic lesions
 
 
 def unseen(image: np.ndarray, brain: np.ndarray) -> dict[str, np.ndarray]:
@@ -32,6 +37,19 @@ def unseen(image: np.ndarray, brain: np.ndarray) -> dict[str, np.ndarray]:
         "contrast inverted": np.where(brain, (INVERTED - image).clip(0), 0),
     }
     return {name: probe.astype(np.float32) for name, probe in probes.items()}
+
+
+def held_out(cohort: Cohort, seed: int) -> tuple[list[dict], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Healthy validation slices, evenly taken, with lesions of families that no network is taught.
+
+    The slices as `cohort.slices` has them; as tensors [slice, …] their images [modality, row, column], brains bool
+    [row, column], the images with the lesions, and how far each pixel belongs to one, in [0, 1].
+    """
+    watched = cohort.slices("validation")
+    held = [watched[i] for i in range(0, len(watched), max(1, len(watched) // HELD))]
+    images, brains = (torch.from_numpy(np.stack([one[key] for one in held])) for key in ("image", "brain"))
+    random = torch.Generator().manual_seed(seed)
+    return held, images, brains, *paint(images, brains, cohort.modalities, KEPT_OUT, random)
 
 
 def _half_turned(image: np.ndarray, brain: np.ndarray) -> np.ndarray:

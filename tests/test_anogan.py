@@ -184,7 +184,8 @@ def test_the_discriminator_s_map_is_its_gradient_times_the_intensity(prepared, o
 
 
 def test_each_seed_has_a_game_of_its_own():
-    games = {name: gan.Gan(name, ("FLAIR",)).game for name in ("gan", "anogan", "f_anogan", "gan@1", "anogan@1")}
+    names = ("gan", "anogan", "f_anogan", "gan@1", "anogan@1")
+    games = {name: models.create(name, ("FLAIR",)).training for name in names}
     assert games == {"gan": "gan", "anogan": "gan", "f_anogan": "gan", "gan@1": "gan@1", "anogan@1": "gan@1"}
 
 

@@ -1,9 +1,12 @@
 """Probes alter what they say and nothing else; thresholds by height keep the rate of false alarms that they promise."""
 
+import made_cohort
 import numpy as np
 import pytest
+import torch
 
 from lib import probes, thresholds
+from lib.lesions import HIGHEST
 from lib.metrics import PROMISED_FPR
 
 
@@ -109,3 +112,15 @@ def test_an_image_s_own_threshold_rises_with_its_lesion():
     assert raised[15] > 2 * well[15]
     np.testing.assert_allclose(np.delete(raised, 15), np.delete(well, 15))
     assert np.isinf(well[0])
+
+
+def test_held_out_slices_are_healthy_ones_of_validation_with_lesions(tmp_path):
+    prepared = made_cohort.write(tmp_path, modalities=("FLAIR", "T2"))
+    held, images, brains, painted, share = probes.held_out(prepared, 0)
+    assert {one["subject"] for one in held} == {s.id for s in prepared.split("validation")}
+    assert images.shape == painted.shape == (len(held), 2, *brains.shape[1:])
+    untouched = (share == 0)[:, None].expand_as(images)
+    assert torch.equal(images[untouched], painted[untouched])
+    assert share.amax(dim=(1, 2)).max() > 0.9
+    assert 0 <= painted.min() <= painted.max() <= HIGHEST
+    assert torch.equal(painted, probes.held_out(prepared, 0)[3])

@@ -113,11 +113,6 @@ class Autoencoder(SliceDetector):
         )  # fmt: skip
 
     @property
-    def training(self) -> str:
-        """The name of its training, which detectors of one run may share."""
-        return self.name
-
-    @property
     def task(self) -> tuple:
         """What the training depends on beside its plan and the network."""
         return (self.settings.loss,)

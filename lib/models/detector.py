@@ -72,6 +72,13 @@ class SliceDetector(Detector):
 
     network: torch.nn.Module | None = None
     device = torch.device("cpu")
+    learns_as = ""  # the detector whose training it shares, if it is another's
+
+    @property
+    def training(self) -> str:
+        """The name of its training, once for all that share it in a run and seed: "gan@1" for "anogan@1"."""
+        method, at, seed = self.name.partition("@")
+        return (self.learns_as or method) + at + seed
 
     def build(self) -> torch.nn.Module:
         """A new network for these settings."""

@@ -40,6 +40,7 @@ class FAnoGan(AdversarialDetector):
     """The residual of one pass through encoder and generator; a slice's score is the encoder's loss."""
 
     Settings = Settings
+    learns_as = "gan"
 
     def build(self) -> nn.ModuleDict:
         channels, s = len(self.modalities), self.settings
@@ -47,9 +48,9 @@ class FAnoGan(AdversarialDetector):
 
     def fit(self, cohort: Cohort, *, out: Path, device: str = "auto", resume: bool = True, seed: int = 0) -> History:
         """Train the GAN, or take it from the run, then the encoder while both players stay as they are."""
-        self.prepare(cohort, self.game, device, seed)
+        self.prepare(cohort, device, seed)
         players, s = self.network["players"], self.settings
-        played = self.play(players, cohort, self.game, out, resume, seed)
+        played = self.play(players, cohort, out, resume, seed)
         players.requires_grad_(False)
         plan = Plan(s.encoder_epochs, s.batch_size, s.encoder_rate, s.patience)
         history = train(

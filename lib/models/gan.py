@@ -207,21 +207,16 @@ class AdversarialDetector(SliceDetector):
             self.maps(subject)
         return torch.cat(self._seen[1]).cpu().numpy() * subject.brain.any(axis=(1, 2))
 
-    @property
-    def game(self) -> str:
-        """The name of the training that detectors of one run and seed share: "gan", "gan@1" for "anogan@1"."""
-        return "gan" + "".join(self.name.partition("@")[1:])
-
-    def prepare(self, cohort: Cohort, name: str, device: str, seed: int) -> None:
-        """New networks for the cohort on the device; those of equal names, seeds and settings start equal."""
-        torch.manual_seed(derived_seed(seed, name, "weights"))
+    def prepare(self, cohort: Cohort, device: str, seed: int) -> None:
+        """New networks for the cohort on the device; those of one training and equal settings start equal."""
+        torch.manual_seed(derived_seed(seed, self.training, "weights"))
         self.settings = replace(self.settings, size=cohort.size)
         self.network = self.build()
         self.to(device)
 
-    def play(self, players: Players, cohort: Cohort, name: str, out: Path, resume: bool, seed: int) -> History:
-        """Train the players; the checkpoint bears `name`, so that detectors of one run may share a training."""
-        s = self.settings
+    def play(self, players: Players, cohort: Cohort, out: Path, resume: bool, seed: int) -> History:
+        """Train the players."""
+        s, name = self.settings, self.training
         return adversarial.train(
             players, cohort, Plan(s.epochs, s.batch_size, s.learning_rate, s.patience), shrink=s.shrink,
             checkpoint=out / f"{name}.checkpoint", seed=derived_seed(seed, name), device=self.device, resume=resume,
@@ -231,13 +226,15 @@ class AdversarialDetector(SliceDetector):
 class Gan(AdversarialDetector):
     """The discriminator alone."""
 
+    learns_as = "gan"
+
     def build(self) -> Network:
         return Network(len(self.modalities), self.settings)
 
     def fit(self, cohort: Cohort, *, out: Path, device: str = "auto", resume: bool = True, seed: int = 0) -> History:
         """Train both players; detectors of one run that share their settings share the training as well."""
-        self.prepare(cohort, self.game, device, seed)
-        return self.play(self.network, cohort, self.game, out, resume, seed)
+        self.prepare(cohort, device, seed)
+        return self.play(self.network, cohort, out, resume, seed)
 
     def judge(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """To first order, what each pixel takes from the discriminator's score (gradient × input, Shrikumar et al.,

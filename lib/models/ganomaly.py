@@ -86,8 +86,8 @@ class Ganomaly(AdversarialDetector):
         return Network(len(self.modalities), self.settings)
 
     def fit(self, cohort: Cohort, *, out: Path, device: str = "auto", resume: bool = True, seed: int = 0) -> History:
-        self.prepare(cohort, self.name, device, seed)
-        return self.play(self.network, cohort, self.name, out, resume, seed)
+        self.prepare(cohort, device, seed)
+        return self.play(self.network, cohort, out, resume, seed)
 
     @torch.no_grad()
     def expect(self, image: torch.Tensor) -> torch.Tensor:

@@ -23,9 +23,7 @@ class SidedEnsemble(SyntheticLesions):
     """Voxels in the order of the mean rank of the three; as values −log(1 − p) of the network's probabilities p in that
     order, so that maps of different scans compare. Trained as `synthetic_lesions` is, once for both."""
 
-    @property
-    def training(self) -> str:
-        return self.name.replace("sided_ensemble", "synthetic_lesions")
+    learns_as = "synthetic_lesions"
 
     def maps(self, subject: PreparedSubject) -> np.ndarray:
         brain = np.asarray(subject.brain)

@@ -68,11 +68,6 @@ class UNetDetector(SliceDetector):
     family = "corruption"
     averaging = 0.0  # as in training.Plan
 
-    @property
-    def training(self) -> str:
-        """The name of its training; detectors that share one train once."""
-        return self.name
-
     def fit(self, cohort: Cohort, *, out: Path, device: str = "auto", resume: bool = True, seed: int = 0) -> History:
         torch.manual_seed(derived_seed(seed, self.training, "weights"))
         self.network = self.build()

@@ -77,13 +77,10 @@ class VariationalAutoencoder(Autoencoder):
     """Trained on the evidence lower bound (ELBO); the anomaly is the residual of the drawing of the mean code."""
 
     Settings = Settings
+    learns_as = "vae"
 
     def build(self) -> Network:
         return Network(len(self.modalities), self.settings)
-
-    @property
-    def training(self) -> str:
-        return "vae" + "".join(self.name.partition("@")[1:])
 
     @property
     def task(self) -> tuple:

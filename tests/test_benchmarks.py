@@ -1,0 +1,33 @@
+"""The benchmark of trained detectors: its folds, and its figures on patients whose answer is known."""
+
+import made_cohort
+import pytest
+
+from benchmarks import detectors_on_brats
+from lib import models, single_scan
+from lib.intake import LESION_FREE
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return made_cohort.write(
+        tmp_path_factory.mktemp("cohort") / "c", healthy=(0, 0, 0), patients=6, training=LESION_FREE
+    )
+
+
+def test_every_patient_is_tested_once_by_detectors_that_never_saw_it(whole):
+    tested = []
+    for split in detectors_on_brats.folds(whole, 0):
+        parts = {name: {s.id for s in split.split(name)} for name in ("train", "validation", "test")}
+        assert all(parts.values())
+        assert sum(map(len, parts.values())) == len(whole.subjects)
+        tested += parts["test"]
+    assert sorted(tested) == [s.id for s in whole.subjects]
+
+
+def test_figures_are_those_of_each_patient_s_own_map(whole):
+    found, seconds = detectors_on_brats.measured(whole, ["intensity", "atlas_z"], 0)
+    plain = models.create("intensity", whole.modalities)
+    assert found["intensity"] == {s.id: single_scan.precision(s, plain.maps(s)) for s in whole.subjects}
+    assert found["atlas_z"].keys() == found["intensity"].keys()
+    assert set(seconds) == set(found)
