@@ -10,20 +10,22 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import lib
-from lib import runner, runs
+from lib import runs
 from lib.errors import CourseError
-from lib.runner import Place, clock
+from lib.jobs import Jobs, Place, clock
+from lib.runner import Outcome
 from lib.settings import Course
 
 DEFAULTS = {"profile": "quick", "kernel": "python3", "device": "auto"}
 PREPARES = "01_preprocessing"
 CURES = {
-    "KernelDied": "If memory ran out: close other programs, or ask for less by --profile quick or -p.",
+    "KernelDied": "If memory ran out: give --jobs 1, or ask for less by --profile quick or -p.",
     "NoKernel": "See whether JupyterLab can start this kernel, or leave --kernel out.",
+    "NoRunner": "If memory ran out: --jobs 1 runs one notebook at a time.",
     "SystemExit": "Take sys.exit or exit out of the cell.",
     "MissingOutput": "See what its last cells say, or mend 'makes' in notebooks/course.toml.",
 }
@@ -64,7 +66,7 @@ def _main(arguments: list[str] | None) -> int:
     if given.pop("list"):
         print("\n".join(_listing(course, given)))
         return 0
-    resume, overwrite, quiet = (given.pop(mode) for mode in ("resume", "overwrite", "quiet"))
+    resume, overwrite, quiet, jobs = (given.pop(mode) for mode in ("resume", "overwrite", "quiet", "jobs"))
     with runs.claimed(given["run"], given["profile"] or DEFAULTS["profile"], resume, overwrite) as folder:
         stored = runs.read(folder) if resume else {}
         settings = _settings(course, stored, given) | {"run": folder.name}
@@ -76,7 +78,7 @@ def _main(arguments: list[str] | None) -> int:
             record["data"] = _examine(record["notebooks"][PREPARES]["parameters"], quiet)
         if overwrite:
             runs.clear(folder)
-        return _run(folder, course, record, waiting, quiet)
+        return _Run(folder, course, record, waiting, quiet).go(jobs or _at_once(record.get("device", "")))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -104,6 +106,7 @@ def _parse(arguments: list[str] | None) -> dict:
     add("--seed", metavar="N", type=int, help="the one source of randomness")
     add("-p", metavar="NAME=VALUE", dest="parameters", action="append", type=_assignment, default=[], help=P_HELP)
     add("-f", metavar="FILE.yml", dest="file", type=_values_file, default={}, help="parameter values from a file")
+    add("--jobs", metavar="N", type=_count, help="notebooks at a time (2 on a processor, 1 on an accelerator)")
     add("--list", action="store_true", help="show the notebooks and every parameter with its value and unit")
     add("--quiet", action="store_true", help="say only how it ended")
     options = vars(parser.parse_args(arguments))
@@ -121,6 +124,12 @@ def _assignment(text: str) -> tuple[str, str]:
     if not equals:
         raise CourseError(f"-p {text} sets nothing.", "Write -p NAME=VALUE or -p 03.NAME=VALUE.")
     return name.strip(), value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise CourseError(f"--jobs cannot be {text!r}.", "Give a whole number from 1.")
+    return int(text)
 
 
 def _values_file(path: str) -> dict[str, object]:
@@ -175,47 +184,81 @@ def _examine(values: dict, quiet: bool) -> list[str]:
     return list(gathered.notes)
 
 
-def _run(folder: Path, course: Course, record: dict, waiting: list[str], quiet: bool) -> int:
-    kept = [name for name, entry in record["notebooks"].items() if entry["status"] == "done"]
-    if kept and not quiet:
-        print(f"Finished before, not repeated: {', '.join(kept)}.")
-    past = runs.past_seconds(record["settings"])
-    with contextlib.suppress(KeyboardInterrupt):
-        for name in waiting:
-            _run_notebook(folder, course, record, name, _place(waiting, name, past, quiet))
-            if record["notebooks"][name]["status"] != "done":
-                break
-    if waiting:
-        runs.save(folder, record, runs.status(record))
-    return _close(record, waiting, _report(folder))
+@dataclass(frozen=True)
+class _Run:
+    """A run at work: its folder, the record there, and the notebooks that wait, in their order."""
+
+    folder: Path
+    course: Course
+    record: dict
+    waiting: list[str]
+    quiet: bool
+
+    def go(self, most: int) -> int:
+        """Run what waits, so many notebooks at a time, and write the report; the exit status."""
+        kept = [name for name, entry in self.record["notebooks"].items() if entry["status"] == "done"]
+        if kept and not self.quiet:
+            print(f"Finished before, not repeated: {', '.join(kept)}.")
+        jobs = Jobs(self.quiet)
+        try:
+            self._run_all(jobs, most)
+        except KeyboardInterrupt:
+            for place, outcome in jobs.stop():
+                self._note(place, outcome)
+        if self.waiting:
+            runs.save(self.folder, self.record, runs.status(self.record))
+        return _close(self.record, self.waiting, _report(self.folder))
+
+    def _run_all(self, jobs: Jobs, most: int) -> None:
+        """Start each as soon as what it needs is there; after a failure those at work end, and no other begins."""
+        left, past = list(self.waiting), runs.past_seconds(self.record["settings"])
+        while left or jobs:
+            for name in list(filter(self._can_start, left))[: most - len(jobs)]:
+                left.remove(name)
+                self._start(jobs, self._place(name, past, left, most), most)
+            place, outcome = jobs.next()
+            if self._note(place, outcome) != "done":
+                left.clear()
+
+    def _can_start(self, name: str) -> bool:
+        return all(self.record["notebooks"][need]["status"] == "done" for need in self.course.notebooks[name].needs)
+
+    def _place(self, name: str, past: Mapping, left: list[str], most: int) -> Place:
+        later = [past.get(other) for other in left]
+        number = f"{self.waiting.index(name) + 1}/{len(self.waiting)}"
+        return Place(name, number, past.get(name), None if None in later else sum(later) / most)
+
+    def _start(self, jobs: Jobs, place: Place, most: int) -> None:
+        name, threads = place.name, max(1, (os.cpu_count() or 1) // most)
+        notebook, entry = self.course.notebooks[name], self.record["notebooks"][name]
+        entry |= {"status": "running", "error": None}
+        runs.save(self.folder, self.record, "running")
+        if not self.quiet and not sys.stderr.isatty():
+            print(f"{place.number} {name} …", flush=True)
+        target, log = self.folder / "notebooks" / f"{name}.ipynb", self.folder / "logs" / f"{name}.log"
+        target.parent.mkdir(exist_ok=True)
+        values = {p: v for p, v in entry["parameters"].items() if p == "run" or v != notebook.parameters[p].default}
+        call = {"kernel": self.record["settings"]["kernel"], "root": lib.ROOT}
+        jobs.start(place, threads, source=notebook.path, target=target, log=log, values=values, **call)
+
+    def _note(self, place: Place, outcome: Outcome) -> str:
+        """Record how a notebook ended and say so; its status."""
+        entry = self.record["notebooks"][place.name]
+        entry |= asdict(outcome)
+        lacking = runs.lacking(self.folder, self.course.notebooks[place.name].makes)
+        if outcome.status == "done" and lacking:
+            message = f"It ended without making {', '.join(lacking)}."
+            entry |= {"status": "failed", "error": {"cell": None, "name": "MissingOutput", "message": message}}
+        runs.save(self.folder, self.record, "running")
+        if not self.quiet and entry["status"] == "done":
+            memory = f"peak memory {outcome.peak_memory_gb:.1f} GB"
+            print(f"{place.number} {place.name} done in {clock(outcome.seconds)}, {memory}", flush=True)
+        return entry["status"]
 
 
-def _place(waiting: list[str], name: str, past: Mapping, quiet: bool) -> Place:
-    number = waiting.index(name) + 1
-    later = [past.get(n) for n in waiting[number:]]
-    known = None if None in later else sum(later)
-    return Place(f"{number}/{len(waiting)} {name}", past.get(name), known, quiet)
-
-
-def _run_notebook(folder: Path, course: Course, record: dict, name: str, place: Place) -> None:
-    notebook, entry = course.notebooks[name], record["notebooks"][name]
-    entry |= {"status": "running", "error": None}
-    runs.save(folder, record, "running")
-    if not place.quiet and not sys.stderr.isatty():
-        print(f"{place.label} …", flush=True)
-    values = {p: v for p, v in entry["parameters"].items() if p == "run" or v != notebook.parameters[p].default}
-    target, log = folder / "notebooks" / f"{name}.ipynb", folder / "logs" / f"{name}.log"
-    target.parent.mkdir(exist_ok=True)
-    kernel = record["settings"]["kernel"]
-    outcome = runner.execute(notebook.path, target, log, values, kernel=kernel, root=lib.ROOT, place=place)
-    entry |= asdict(outcome)
-    lacking = runs.lacking(folder, notebook.makes)
-    if outcome.status == "done" and lacking:
-        message = f"It ended without making {', '.join(lacking)}."
-        entry |= {"status": "failed", "error": {"cell": None, "name": "MissingOutput", "message": message}}
-    if not place.quiet and entry["status"] == "done":
-        memory = f"peak memory {outcome.peak_memory_gb:.1f} GB"
-        print(f"{place.label} done in {clock(outcome.seconds)}, {memory}", flush=True)
+def _at_once(device: str) -> int:
+    """Networks this small gain nothing from a second core; notebooks do. An accelerator's memory holds one."""
+    return min(2, os.cpu_count() or 1) if device.startswith("cpu") else 1
 
 
 def _report(folder: Path) -> str:

@@ -4,12 +4,11 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import psutil
 
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 LOOK_SECONDS = 0.2
-LINE_SECONDS = 15  # between two lines of progress where there is no terminal
+STATE_SECONDS = 15  # between two kept states of a line that overwrites itself
 
 
 @dataclass(frozen=True)
@@ -31,25 +30,25 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A notebook's place in the course, for the line of progress.
+class State:
+    """How far a notebook is: the code cell it is in, from 1, of how many, and the last line it said."""
 
-    `seconds`, `later`: what it and those behind it took last time, where that is known.
-    """
-
-    label: str
-    seconds: float | None = None
-    later: float | None = None
-    quiet: bool = False
+    cell: int = 0
+    cells: int = 0
+    said: str = ""
 
 
-def execute(source: Path, target: Path, log: Path, values: dict, *, kernel: str, root: Path, place: Place) -> Outcome:
+Tell = Callable[[State], None]
+
+
+def execute(source: Path, target: Path, log: Path, values: dict, *, kernel: str, root: Path, tell: Tell) -> Outcome:
     """Run a notebook with `values` for its parameters; `target` and `log` are written while it runs.
 
-    Every cell must have run. SIGINT and SIGTERM end the kernel, and the outcome is `interrupted`.
+    Every cell must have run. SIGTERM and a `tell` that nobody hears any more (OSError) end the kernel: `interrupted`.
+    The process must have no other children.
     """
     started = time.monotonic()
-    with _Log(log) as text, _Watch(place, text, _count_cells(source) + bool(values)) as watch:
+    with _Log(log) as text, _Watch(tell, text, _count_cells(source) + bool(values)) as watch:
         try:
             with contextlib.chdir(root):
                 error = _run(source, target, values, kernel, root, text, watch)
@@ -142,7 +141,7 @@ class _Log:
             self._keep(line)
         state = self._open.rstrip("\r").rpartition("\r")[2]
         self.last = state.strip() or self.last
-        if "\r" in self._open and time.monotonic() - self._kept > LINE_SECONDS:
+        if "\r" in self._open and time.monotonic() - self._kept > STATE_SECONDS:
             self._keep(state)
             self._open = ""
 
@@ -156,19 +155,17 @@ class _Log:
 
 
 class _Watch:
-    """Looks at a kernel while it works: `peak` memory in bytes, the cell it is in, a line of progress; can end it."""
+    """Looks at a kernel while it works: `peak` memory in bytes, the cell it is in; tells how far it is; can end it."""
 
-    def __init__(self, place: Place, log: _Log, cells: int):
+    def __init__(self, tell: Tell, log: _Log, cells: int):
         self.peak, self.cell, self.index, self.stopped = 0, 0, 0, False
-        self._place, self._log, self._cells = place, log, cells
-        self._others = set(psutil.Process().children())
+        self._tell, self._log, self._cells = tell, log, cells
         self._seen: set[psutil.Process] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
-        self._started = self._shown = time.monotonic()
 
     def __enter__(self) -> "_Watch":
-        self._signals = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = signal.signal(signal.SIGTERM, self.stop)
         self._thread.start()
         return self
 
@@ -176,16 +173,15 @@ class _Watch:
         self._over.set()
         self._thread.join()
         self._kill(self._seen)
-        for number, handler in self._signals.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, self._before)
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_SECONDS):
             self._measure()
-            if not self._place.quiet:
-                self._show()
-        if sys.stderr.isatty() and not self._place.quiet:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            try:
+                self._tell(State(self.cell, self._cells, self._log.last))
+            except OSError:
+                self.stop()
 
     def enter(self, cell, cell_index: int) -> None:
         """nbclient's call before each cell."""
@@ -195,15 +191,14 @@ class _Watch:
             self.cell, self.index = self.cell + 1, cell_index
 
     def stop(self, *_) -> None:
-        """The handler of SIGINT and SIGTERM: without its kernel the execution ends by itself."""
+        """The handler of SIGTERM: without its kernel the execution ends by itself."""
         self.stopped = True
         self._kill(self._processes())
 
     def _processes(self) -> list[psutil.Process]:
-        own = [p for p in psutil.Process().children() if p not in self._others]
         with contextlib.suppress(psutil.Error):
-            own += [p for kernel in own for p in kernel.children(recursive=True)]
-        return own
+            return psutil.Process().children(recursive=True)
+        return []
 
     @staticmethod
     def _kill(processes) -> None:
@@ -220,34 +215,6 @@ class _Watch:
                 self.peak = max(self.peak, _most_memory(process.pid))
         self.peak = max(self.peak, together)
 
-    def _show(self) -> None:
-        terminal, now = sys.stderr.isatty(), time.monotonic()
-        if now - self._shown < (0.5 if terminal else LINE_SECONDS):
-            return
-        self._shown = now
-        line = " · ".join(self._parts(now - self._started))
-        width = shutil.get_terminal_size().columns - 1
-        sys.stderr.write(f"\r\033[K{line[:width]}" if terminal else f"{line}\n")
-        sys.stderr.flush()
-
-    def _parts(self, elapsed: float) -> Iterator[str]:
-        yield self._place.label
-        yield f"cell {self.cell} of {self._cells}" if self.cell else "starting"
-        yield clock(elapsed)
-        left = self._left(elapsed)
-        if left is not None:
-            yield f"about {clock(left)} left"
-            if self._place.later:
-                yield f"{clock(left + self._place.later)} for the course"
-        if self._log.last:
-            yield self._log.last
-
-    def _left(self, elapsed: float) -> float | None:
-        if self._place.seconds and self._place.seconds > elapsed:
-            return self._place.seconds - elapsed
-        done = self.cell - 1
-        return elapsed * (self._cells - done) / done if done > 1 else None
-
 
 def _most_memory(pid: int) -> int:
     """The kernel's own record of a process's peak resident memory, in bytes; 0 where the system keeps none."""
@@ -255,10 +222,3 @@ def _most_memory(pid: int) -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds, or hours, minutes and seconds."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

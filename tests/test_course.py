@@ -36,7 +36,7 @@ def tree(tmp_path, monkeypatch):
     root = tmp_path / "a course"
     (root / "lib").mkdir(parents=True)
     (root / "notebooks").mkdir()
-    for name in ("__init__", "errors", "volumes", "settings", "runner", "runs", "course"):
+    for name in ("__init__", "errors", "volumes", "settings", "runner", "jobs", "runs", "course"):
         shutil.copy(HERE.parent / "lib" / f"{name}.py", root / "lib")
     (root / "lib" / "report.py").write_text(REPORT)
     fake = SimpleNamespace()
@@ -86,7 +86,7 @@ def started(root: Path, *options: str):
         process.wait()
 
 
-def wait_for(there, seconds: float = 30) -> None:
+def wait_for(there, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < end, "it did not come"
@@ -169,7 +169,7 @@ def test_resume_repeats_only_what_is_not_finished(tree, capsys):
 )
 def test_a_failure_stops_the_course_and_is_shown(tree, capsys, fixture, cell, said):
     source = "makes" if fixture == "forgets" else fixture
-    offer(tree, {f"01_{fixture}": {"fixture": source, "makes": ["maps/ae"]}, "02_needs": {}})
+    offer(tree, {f"01_{fixture}": {"fixture": source, "makes": ["maps/ae"]}, "02_needs": {"needs": [f"01_{fixture}"]}})
     assert run("--quiet") == 1
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 3
@@ -235,8 +235,31 @@ def test_an_interrupt_ends_the_kernel_and_resume_goes_on(tree, number):
     assert not (folder / "made.json").exists()  # --only is kept
 
 
+@pytest.mark.parametrize("beside", ["makes", "fails"])
+def test_notebooks_run_side_by_side_and_one_at_work_ends_whatever_the_other_does(tree, beside):
+    offer(
+        tree,
+        {"01_waits": {"makes": ["waited.txt"]}, "02_other": {"fixture": beside}, "03_needs": {"needs": ["02_other"]}},
+    )
+    with started(tree, "--jobs", "2", "--only", "01,02") as (process, _):
+        wait_for(lambda: record()["notebooks"]["02_other"]["status"] in ("done", "failed"))
+        assert record()["notebooks"]["01_waits"]["status"] == "running"
+        (lib.run_folder("one") / "go.txt").touch()
+        assert process.wait(60) == (beside == "fails")
+    assert record()["notebooks"]["01_waits"]["status"] == "done"
+
+
+def test_one_at_a_time_keeps_the_order(tree):
+    offer(tree, {"01_waits": {}, "02_makes": {}})
+    with started(tree, "--jobs", "1") as (process, _):
+        time.sleep(1)
+        assert record()["notebooks"]["02_makes"]["status"] == "waiting"
+        (lib.run_folder("one") / "go.txt").touch()
+        assert process.wait(60) == 0
+
+
 def test_a_killed_run_leaves_no_kernel_and_resumes(tree, capsys):
-    offer(tree, {**MAKES, "02_waits": {"makes": ["waited.txt"]}})
+    offer(tree, {**MAKES, "02_waits": {"needs": ["01_makes"], "makes": ["waited.txt"]}})
     with started(tree) as (process, (kernel, _)):
         assert run("--resume") == 2
         assert "at work in another process" in capsys.readouterr().err
@@ -269,6 +292,7 @@ REFUSED = {
     "missing file": (["-f", "nowhere.yml"], ["nowhere.yml", "cannot be read"]),
     "needs": (["--only", "02"], ["02_needs needs 01_makes", "--only"]),
     "from": (["--from", "02"], ["02_needs needs 01_makes"]),
+    "no notebook at a time": (["--jobs", "0"], ["--jobs", "'0'", "from 1"]),
     "nothing to resume": (["--resume"], ["no run 'one'"]),
     "both": (["--resume", "--overwrite"], ["Give one"]),
 }
@@ -352,7 +376,7 @@ def test_a_terminal_shows_cell_time_left_and_the_last_line_on_one_line(tree, mon
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert run("--only", "02") == 1
     shown = sys.stderr.getvalue()
-    assert re.search(r"\r\x1b\[K1/1 02_dies · cell 1 of 3 · 0:0\d · about (10:00|9:5\d) left", shown)
+    assert re.search(r"\r\x1b\[J1/1 02_dies · cell 1 of 3 · 0:0\d · about (10:00|9:5\d) left", shown)
     assert shown.count("\n") == 3  # the failure
 
 
@@ -373,7 +397,9 @@ def test_help_names_every_option(capsys):
         course.main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    options = "data layout modality splits skip-broken profile run only from resume overwrite device kernel seed list"
+    options = (
+        "data layout modality splits skip-broken profile run only from resume overwrite device kernel seed jobs list"
+    )
     assert [option for option in options.split() if f"--{option}" not in shown] == []
 
 

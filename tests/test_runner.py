@@ -1,5 +1,3 @@
-import pytest
-
 from lib import runner
 
 
@@ -9,8 +7,3 @@ def test_a_log_keeps_whole_lines_and_the_last_state_of_a_bar(tmp_path):
             log.write(text)
         assert log.last == "unfinished"
     assert (tmp_path / "logs" / "x.log").read_text() == "one\ntwo\n100 %\nunfinished\n"
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (75, "1:15"), (3671, "1:01:11")])
-def test_clock(seconds, text):
-    assert runner.clock(seconds) == text
