@@ -91,6 +91,7 @@ def _parse(arguments: list[str] | None) -> dict:
     parser = _Parser("./run_all.sh", description="Runs the notebooks into one report.", allow_abbrev=False)
     add = parser.add_argument
     add("--data", metavar="DIR", type=_from_root, help="folder of scans; without it the embedded cohort")
+    add("--healthy", metavar="DIR", type=_from_root, help="folder of healthy subjects' scans, beside --data")
     add("--layout", metavar="NAME", help="how that folder is laid out, where it is not recognised")
     add("--modality", metavar="FLAIR[,T2]", help="what the detectors see")
     add("--splits", metavar="FILE", type=_from_root, help="which subject is for training, validation, test")

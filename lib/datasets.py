@@ -4,8 +4,8 @@ import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,10 @@ SPLITS = ("train", "validation", "test")
 HEALTHY_SHARES = (0.6, 0.2, 0.2)
 PATIENT_SHARES = (0.5, 0.2, 0.3)
 
+GAP = (
+    "Healthy subjects and patients come from different folders: whatever tells the folders apart, as scanner and "
+    "preparation do, tells them apart as well."
+)
 MODALITIES = ("T1", "T1ce", "T2", "FLAIR", "PD", "CT")
 _BRATS_ENDINGS = {
     "flair": "FLAIR",
@@ -32,7 +36,12 @@ _BRATS_ENDINGS = {
     "segm": "lesion",
 }
 _BRATS_NAME = re.compile(rf".*[_-]({'|'.join(_BRATS_ENDINGS)})\.nii(\.gz)?", re.IGNORECASE)
-_BRATS_EXPECTED = "a folder a subject, its files ending in _flair, _t1, _t1ce, _t2 and _seg (.nii or .nii.gz)"
+_BIDS_ENDINGS = {"FLAIR": "FLAIR", "T1w": "T1", "T2w": "T2", "PDw": "PD"}
+_BIDS_NAME = re.compile(
+    r"(?P<subject>sub-[a-zA-Z0-9]+)(?P<session>_ses-[a-zA-Z0-9]+)?(?P<entities>(?:_[a-z]+-[a-zA-Z0-9]+)*)"
+    rf"_(?:(?P<scan>{'|'.join(_BIDS_ENDINGS)})|\w*(?:mask|roi))\.nii(\.gz)?"
+)
+_EXPECTED = "a folder a subject, its files ending in _flair, _t1, _t1ce, _t2 and _seg (.nii or .nii.gz), or BIDS"
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,21 @@ def find_subjects(folder: Path, layout: str = "") -> Dataset:
         subjects, notes = LAYOUTS[name](folder)
         if subjects:
             return _described(name, _with_participants(folder, _unique(subjects)), notes)
-    raise CourseError(f"No scans were recognised in {folder}.", f"Expected: {_BRATS_EXPECTED}.")
+    raise CourseError(f"No scans were recognised in {folder}.", f"Expected: {_EXPECTED}.")
+
+
+def joined(dataset: Dataset, healthy: Dataset) -> Dataset:
+    """A dataset with the subjects of another as its healthy ones.
+
+    Raises CourseError for a name that is in both, and for subjects of the other that its table calls ill.
+    """
+    ill = [s.id for s in healthy.subjects if s.healthy is False]
+    if ill:
+        what = f"In the folder of healthy subjects, participants.tsv says that {_some(ill)} are not."
+        raise CourseError(what, "Leave them out.")
+    added = _described(healthy.layout, [replace(s, healthy=True) for s in healthy.subjects], list(healthy.notes[1:]))
+    subjects = _unique([*dataset.subjects, *added.subjects])
+    return Dataset(dataset.layout, tuple(subjects), (*dataset.notes, *added.notes, GAP))
 
 
 def parse_modalities(text: str) -> tuple[str, ...]:
@@ -145,23 +168,50 @@ def _counts(subjects: int, shares) -> list[int]:
 
 
 def _brats(folder: Path) -> tuple[list[Subject], list[str]]:
+    def meaning(path: Path):
+        match = _BRATS_NAME.fullmatch(path.name)
+        return match and (Path(os.path.abspath(path.parent)), _BRATS_ENDINGS[match[1].lower()])
+
+    return _grouped(folder, meaning)
+
+
+def _bids(folder: Path) -> tuple[list[Subject], list[str]]:
+    """BIDS 1.8, "Anatomy imaging data": sub-01[_ses-1]_T1w.nii.gz. Of derivatives, lesion masks are used alone."""
+
+    def meaning(path: Path):
+        match = _BIDS_NAME.fullmatch(path.name)
+        what = match and _bids_what(match)
+        if not what or (what != "lesion" and "derivatives" in path.relative_to(folder).parts):
+            return None
+        return folder / (match["subject"] + (match["session"] or "")), what
+
+    return _grouped(folder, meaning)
+
+
+def _bids_what(match: re.Match) -> str | None:
+    if match["scan"]:
+        return "T1ce" if match["scan"] == "T1w" and "_ce-" in match["entities"] else _BIDS_ENDINGS[match["scan"]]
+    return "lesion" if "lesion" in match[0].lower() else None
+
+
+def _grouped(folder: Path, meaning: Callable[[Path], tuple[Path, str] | None]) -> tuple[list[Subject], list[str]]:
+    """Subjects from what each file means: a path that ends in the subject's name, and a modality or "lesion"."""
     files = [f for f in _files(folder) if f.name.lower().endswith(SUFFIXES) and not f.name.startswith(".")]
-    named = [(f, _BRATS_NAME.fullmatch(f.name)) for f in files]
-    by_folder: dict[Path, dict[str, Path]] = {}
-    for path, match in named:
-        if match:
-            found = by_folder.setdefault(path.parent, {})
-            what = _BRATS_ENDINGS[match[1].lower()]
-            if what in found:
-                raise CourseError(f"{found[what]} and {path.name} both claim to be {what}.", "Keep one of them.")
-            found[what] = path
+    by_subject: dict[Path, dict[str, Path]] = {}
+    odd = []
+    for path in files:
+        known = meaning(path)
+        if not known:
+            odd.append(path.relative_to(folder).as_posix())
+            continue
+        found = by_subject.setdefault(known[0], {})
+        if known[1] in found:
+            raise CourseError(f"{found[known[1]]} and {path.name} both claim to be {known[1]}.", "Keep one of them.")
+        found[known[1]] = path
     subjects = [
-        Subject(
-            Path(os.path.abspath(place)).name, {m: p for m, p in found.items() if m != "lesion"}, found.get("lesion")
-        )
-        for place, found in by_folder.items()
+        Subject(place.name, {m: p for m, p in found.items() if m != "lesion"}, found.get("lesion"))
+        for place, found in by_subject.items()
     ]
-    odd = [f.relative_to(folder).as_posix() for f, match in named if not match]
     return subjects, [f"Not understood and left alone: {_some(odd)}."] if odd else []
 
 
@@ -181,7 +231,7 @@ def _odd_folders(place: str, below: list[str]) -> list[str]:
     return [name for name in below if _BRATS_NAME.fullmatch(name)]
 
 
-LAYOUTS = {"brats": _brats}
+LAYOUTS = {"bids": _bids, "brats": _brats}
 
 
 def _unique(subjects: list[Subject]) -> list[Subject]:
@@ -236,7 +286,7 @@ def _table(path: Path, delimiter: str, columns: tuple[str, ...]) -> list[dict[st
     return rows
 
 
-def _described(layout: str, subjects: tuple[Subject, ...], notes: list[str]) -> Dataset:
+def _described(layout: str, subjects: Sequence[Subject], notes: list[str]) -> Dataset:
     scans = Counter(m for s in subjects for m in s.scans)
     masks = sum(s.lesion_mask is not None for s in subjects)
     said = ", ".join(f"{m} {scans[m]}" for m in MODALITIES if scans[m])
@@ -244,7 +294,7 @@ def _described(layout: str, subjects: tuple[Subject, ...], notes: list[str]) -> 
     summary = (
         f"{len(subjects)} subjects in the layout {layout}: {said}; lesion masks {masks}; known to be healthy {healthy}."
     )
-    return Dataset(layout, subjects, (summary, *notes))
+    return Dataset(layout, tuple(subjects), (summary, *notes))
 
 
 def _some(names: list[str], shown: int = 5) -> str:

@@ -18,6 +18,7 @@ from lib.progress import bar
 from lib.volumes import Volume
 
 HEALTHY, LESION_FREE = "healthy subjects", "lesion-free slices of patients"
+EMBEDDED = "embedded cohort (simulated; its figures are not to be compared with the literature)"
 BRAIN_LITRES = (0.3, 3.0)
 LEAST_LEVELS = 16
 EXAMINATION = 3  # raised whenever records change their meaning, so that older ones are forgotten
@@ -39,6 +40,7 @@ class Gathered:
 def gather(
     data: str = "",
     *,
+    healthy_data: str = "",
     layout: str = "",
     modalities: str = "FLAIR",
     size: int = 96,
@@ -54,14 +56,20 @@ def gather(
     """Find, examine and split the subjects of a folder; nothing is written but what the examination remembers.
 
     `data`: a folder, or "" for the embedded cohort of `healthy` subjects and `patients` at `voxel_mm`;
+    `healthy_data`: one of healthy subjects beside it;
     `modalities`: names joined by commas; `incomplete`: whether one of them is enough; `size` × `pixel_mm`: the square
     that a brain must fit.
     Raises CourseError that lists every problem of every scan, unless `skip_broken`, which leaves those subjects out.
     """
     check_least("seed", seed, 0)
+    if healthy_data and not data:
+        what = f"There are no patients beside the healthy subjects of {healthy_data}."
+        raise CourseError(what, "Give the folder of their scans by --data.")
     folder = Path(data) if data else _embedded(healthy, patients, voxel_mm, seed)
     wanted = datasets.parse_modalities(modalities)
     dataset = datasets.find_subjects(folder, layout)
+    if healthy_data:
+        dataset = datasets.joined(dataset, datasets.find_subjects(Path(healthy_data)))
     subjects, lacking = _with_modalities(dataset.subjects, wanted, incomplete)
     facts = examine(subjects, wanted, size * pixel_mm)
     broken = {s: record["problems"] for s, record in facts.items() if record["problems"]}
@@ -73,7 +81,7 @@ def gather(
     assigned, training = _assign(useful, facts, stated, left_out, seed)
     left_out += _in_no_split(useful, assigned)
     used = tuple(s for s in useful if s.id in assigned)
-    source = data or "embedded cohort (simulated; its figures are not to be compared with the literature)"
+    source = " and ".join(filter(None, (data, healthy_data))) or EMBEDDED
     notes = (
         f"Data: {source}.",
         *dataset.notes,

@@ -263,6 +263,6 @@ def past_seconds(settings: Mapping) -> dict[str, float]:
     """What each notebook took when it last ran on this data with this profile."""
     past = {}
     for record in reversed(records()):
-        if all(record["settings"].get(key) == settings[key] for key in ("profile", "data")):
+        if all(record["settings"].get(key) == settings[key] for key in ("profile", "data", "healthy")):
             past |= {name: entry["seconds"] for name, entry in record["notebooks"].items() if entry["status"] == "done"}
     return past

@@ -13,6 +13,7 @@ from lib.errors import CourseError
 
 SHARED = {  # option of the command line: the parameter of each notebook that has it
     "data": "data",
+    "healthy": "healthy_data",
     "layout": "layout",
     "modality": "modalities",
     "splits": "splits",

@@ -397,10 +397,8 @@ def test_help_names_every_option(capsys):
         course.main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    options = (
-        "data layout modality splits skip-broken profile run only from resume overwrite device kernel seed jobs list"
-    )
-    assert [option for option in options.split() if f"--{option}" not in shown] == []
+    options = "data healthy layout modality splits skip-broken profile run only from resume overwrite"
+    assert [option for option in f"{options} device kernel seed jobs list".split() if f"--{option}" not in shown] == []
 
 
 def test_paths_are_kept_as_given_and_hold_from_any_folder(tree, monkeypatch):

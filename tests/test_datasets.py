@@ -75,6 +75,37 @@ def test_order_is_that_of_the_names(tmp_path):
     assert list(found(tmp_path)) == ["a", "b", "c"]
 
 
+def test_bids_is_understood(tmp_path):
+    touch(
+        tmp_path, "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_ce-gadolinium_T1w.nii.gz",
+        "sub-01/anat/sub-01_acq-3d_FLAIR.nii.gz", "derivatives/seg/sub-01/sub-01_label-lesion_mask.nii.gz",
+        "derivatives/seg/sub-01/sub-01_T1w.nii.gz", "sub-02/ses-1/anat/sub-02_ses-1_T1w.nii",
+        "sub-02/ses-2/anat/sub-02_ses-2_T1w.nii", "sub-02/ses-2/anat/sub-02_ses-2_desc-brain_mask.nii",
+    )  # fmt: skip
+    dataset = datasets.find_subjects(tmp_path)
+    said = {s.id: (sorted(s.scans), s.lesion_mask and s.lesion_mask.name) for s in dataset.subjects}
+    assert dataset.layout == "bids"
+    assert said == {
+        "sub-01": (["FLAIR", "T1", "T1ce"], "sub-01_label-lesion_mask.nii.gz"),
+        "sub-02_ses-1": (["T1"], None),
+        "sub-02_ses-2": (["T1"], None),
+    }
+    assert "derivatives/seg/sub-01/sub-01_T1w.nii.gz, sub-02/ses-2/anat/sub-02_ses-2_desc-brain" in dataset.notes[1]
+
+
+def test_healthy_subjects_of_another_folder_join_and_the_gap_is_told(tmp_path):
+    touch(tmp_path / "ill", "a/a_t1.nii", "a/a_seg.nii")
+    touch(tmp_path / "well", "sub-01/anat/sub-01_T1w.nii.gz")
+    both = [datasets.find_subjects(tmp_path / name) for name in ("ill", "well")]
+    together = datasets.joined(*both)
+    assert {s.id: s.healthy for s in together.subjects} == {"a": None, "sub-01": True}
+    assert "known to be healthy 1" in together.notes[1]
+    assert together.notes[-1] == datasets.GAP
+    assert "a" in refused(datasets.joined, both[0], both[0])
+    (tmp_path / "well" / "participants.tsv").write_text("participant_id\thealthy\nsub-01\t0")
+    assert "sub-01" in refused(datasets.joined, both[0], datasets.find_subjects(tmp_path / "well"))
+
+
 def test_participants_say_who_is_healthy(tmp_path):
     touch(tmp_path, *(f"{s}/{s}_t1.nii" for s in "abcd"))
     rows = ["participant_id\thealthy\tsite\tkind", "a\t1\tone\t", "b\tNo\ttwo\tglioma", "c\tn/a\t\t"]

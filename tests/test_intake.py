@@ -230,6 +230,15 @@ def test_with_healthy_subjects_all_patients_are_for_the_test(brats, course_root)
     assert any(HEALTHY in note for note in gathered.notes)
 
 
+def test_healthy_subjects_may_come_from_a_folder_of_their_own(brats, write_subject, course_root, tmp_path):
+    for i in range(3):
+        write_subject(tmp_path / "well" / f"h{i}", seed=60 + i, radius_mm=0, mask=False)
+    gathered = gather(brats(patients=2), healthy_data=str(tmp_path / "well"))
+    assert gathered.training == HEALTHY
+    assert {s for s, split in gathered.splits.items() if split == "test"} >= {"p0", "p1"}
+    assert "no patients" in refused("", healthy_data=str(tmp_path / "well"))
+
+
 def test_declared_health_needs_no_mask(brats, write_subject, course_root):
     folder = brats(patients=1)
     for i in range(3):
