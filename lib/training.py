@@ -124,7 +124,7 @@ def derived_seed(seed: int, *names) -> int:
 
 def train(
     network: nn.Module, loss: Loss, cohort: Cohort, plan: Plan, *, checkpoint: Path, seed: int, device: torch.device,
-    resume: bool = True, corrupt: Corrupt | None = None,
+    resume: bool = True, corrupt: Corrupt | None = None, each: Callable[[nn.Module], None] | None = None,
 ) -> History:  # fmt: skip
     """Train on the healthy slices of train until those of validation stop improving; the best weights are kept.
 
@@ -132,7 +132,7 @@ def train(
     column] and `brain` bool [batch, row, column]; `forward` calls the network in mixed precision. `corrupt(batch,
     random, split)` is what the loss gets instead; on validation it finds `random` in the same state every time. After
     each epoch everything that the next one depends on goes to `checkpoint`; with `resume`, one of the same cohort,
-    plan, seed and network goes on where it stopped, to the same end.
+    plan, seed and network goes on where it stopped, to the same end. `each` may look at the network of every epoch.
     """
     corrupt = _corruption(corrupt, cohort)
     place(network, device)
@@ -155,6 +155,8 @@ def train(
             random = torch.Generator().manual_seed(derived_seed(seed, "validation"))
             row |= {"epoch": epoch, "validation": _validate(mean.module, loss, corrupt, watched, plan, random, device)}
             state.keep(row)
+            if each:
+                each(mean.module)
             progress.set_postfix_str(f"loss {row['train']:.4f}, validation {row['validation']:.4f}")
     mean.load_state_dict(state.best)
     network.load_state_dict(mean.module.state_dict())

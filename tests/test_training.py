@@ -183,6 +183,14 @@ def test_what_is_kept_is_the_mean_of_the_weights_where_that_is_asked_for(prepare
     assert not torch.allclose(net[0].weight, walked[-1], atol=1e-4)
 
 
+def test_each_epoch_s_network_can_be_looked_at_and_the_best_is_kept(prepared, tmp_path):
+    seen = []
+    net, history = run(prepared, tmp_path / "x", each=lambda network: seen.append(training._copied(network)))
+    assert len(seen) == len(history.rows) == 4
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, seen[history.best_epoch][key])
+
+
 def test_an_epoch_ends_after_so_many_steps(prepared, tmp_path):
     batches = []
     plan = Plan(2, 8, 1e-2, 3, steps=2)

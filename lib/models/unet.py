@@ -67,6 +67,7 @@ class UNetDetector(SliceDetector):
 
     family = "corruption"
     averaging = 0.0  # as in training.Plan
+    each = None  # as in training.train
 
     def fit(self, cohort: Cohort, *, out: Path, device: str = "auto", resume: bool = True, seed: int = 0) -> History:
         torch.manual_seed(derived_seed(seed, self.training, "weights"))
@@ -77,7 +78,7 @@ class UNetDetector(SliceDetector):
         plan = Plan(s.epochs, s.batch_size, s.learning_rate, s.patience, **how)
         return train(
             self.network, self.loss, cohort, plan, corrupt=self.corrupt, checkpoint=out / f"{self.training}.checkpoint",
-            seed=derived_seed(seed, self.training, asdict(s)), device=self.device, resume=resume,
+            seed=derived_seed(seed, self.training, asdict(s)), device=self.device, resume=resume, each=self.each,
         )  # fmt: skip
 
     def corrupt(self, batch: Batch, random: torch.Generator, split: str) -> Batch:
