@@ -22,8 +22,8 @@ GAIN = 0.01  # ... this share of its loss, or it stops
 
 @dataclass(frozen=True)
 class Settings(gan.Settings):
-    """`start`: of the search, "nearest" (of many samples) or "random"; `steps` of Adam at most, at `search_rate`;
-    `restarts`: searches a slice, the best of which counts; the rest as in gan.Settings."""
+    """`start`: of the search, "nearest" (of many samples) or "random"; `steps` of Adam along the axes at most, at
+    `search_rate`; `restarts`: searches a slice, the best of which counts; the rest as in gan.Settings."""
 
     start: str = "nearest"
     steps: int = 500
