@@ -3,9 +3,10 @@
 Healthy test slices of the embedded cohort in a generator trained for the purpose. First the plain search of the paper,
 Adam at a fixed rate for a fixed number of steps from random numbers, one slice after the other; then the same searches
 all at once. The other ways, all at once too, differ in the start, in moving along the generator's axes as the detector
-does, or in both, and leave each slice as soon as its loss is as low as the plain search made it, after as many steps at
-most. Last, one pass of the encoder. The samples among which the nearest is sought and the axes are made beforehand, as
-for a whole test set (`prepared_seconds`). Seconds are of this machine; look at the ratios.
+does, or in both. A slice leaves them as soon as its loss is as low as the plain search made it (`as_good`: the share
+that is, within 1 %), or when it no longer gains, after as many steps at most. Last, one pass of the encoder. The
+samples among which the nearest is sought, and the axes, are made beforehand, as for a whole test set
+(`prepared_seconds`). Seconds are of this machine; look at the ratios.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from lib.preprocessing import Recipe
 BATCH, SHRINK = 32, 2
 RATE = 0.1  # of the plain search
 OWN_RATE = Settings().search_rate  # along the axes, as the detector's
-NEVER = 10**9  # steps without gain after which to stop
+NEVER, STUCK = 10**9, 30  # steps without gain after which to stop: the plain search, the others
 SAME = 1.01  # a loss is as good as another up to this factor
 QUICK = {"epochs": 8, "steps": 100}
 WHOLE = {"epochs": 20, "steps": 300}
@@ -60,7 +61,7 @@ def at_once(network, images: torch.Tensor, starts: torch.Tensor, steps: int) -> 
 
 
 def to_goal(detector, images: torch.Tensor, steps: int, goal: torch.Tensor, drawn) -> dict:
-    """The ways that leave each image when it reaches its goal, or after the steps; `drawn` as from `sampled`."""
+    """The ways that leave each image at its goal, or where it gains nothing; `drawn` as from `sampled`."""
     players, encoder = detector.network["players"], detector.network["encoder"]
     latents, samples, axes = drawn
     starts = {
@@ -77,7 +78,7 @@ def to_goal(detector, images: torch.Tensor, steps: int, goal: torch.Tensor, draw
     }
 
     def one(start, rate: float, axes: torch.Tensor | None) -> Found:
-        return search(players, images, start(), steps, rate, axes=axes, goal=goal, pause=NEVER)
+        return search(players, images, start(), steps, rate, axes=axes, goal=goal, pause=STUCK)
 
     return {way: _way(partial(one, starts[way.split("from: ")[1]], *plan)) for way, plan in plans.items()}
 
