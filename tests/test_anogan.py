@@ -1,5 +1,7 @@
 """The search lowers each image's loss by itself, one image or many; the encoder replaces it; the game is shared."""
 
+from types import SimpleNamespace
+
 import made_cohort
 import numpy as np
 import pytest
@@ -130,6 +132,45 @@ def test_the_nearest_sample_is_a_better_start_than_chance(searching, images, sta
     assert (near.loss < far.loss).all()
 
 
+def test_axes_are_the_directions_in_which_samples_change_most():
+    latents = torch.randn(2048, 5, generator=torch.Generator().manual_seed(0))
+    turn, _ = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(1)))
+    samples = 0.3 + latents @ turn @ torch.diag(torch.tensor([9.0, 5, 3, 1, 0.2]))
+    found = gan.principal_axes(latents, samples.view(-1, 1, 1, 5))
+    torch.testing.assert_close(found.T @ found, torch.eye(5), rtol=0, atol=1e-5)
+    assert ((found * turn).sum(dim=0).abs() > 0.98).all()
+
+
+def test_along_its_axes_a_search_goes_further_in_as_many_steps():
+    random = torch.Generator().manual_seed(0)
+    turn, _ = torch.linalg.qr(torch.randn(16, 16, generator=random))
+    slope = turn @ torch.diag(torch.logspace(1, -2, 16))
+    drawing = SimpleNamespace(
+        generator=lambda latent: (latent @ slope).view(-1, 1, 4, 4), discriminator=SimpleNamespace(features=torch.abs)
+    )
+    latents, starts = torch.randn(2048, 16, generator=random), torch.randn(6, 16, generator=random)
+    axes = gan.principal_axes(latents, drawing.generator(latents))
+    images = drawing.generator(torch.randn(6, 16, generator=random))
+    plain = search(drawing, images, starts, 30, 0.1, pause=30)
+    along = search(drawing, images, starts, 30, 0.1, pause=30, axes=axes)
+    assert along.loss.mean() < 0.7 * plain.loss.mean()
+
+
+def test_a_search_along_axes_is_a_search_of_latents(searching, images, starts):
+    network, axes = searching.network, searching.drawn[2]
+    found = search(network, images, starts, 20, 0.1, axes=axes)
+    torch.testing.assert_close(found.path[0], starts)
+    with torch.no_grad():
+        features = network.discriminator.features(images)
+        torch.testing.assert_close(search_loss(network, images, features, found.latent), found.loss)
+    alone = search(network, images[3:4], starts[3:4], 20, 0.1, axes=axes)
+    torch.testing.assert_close(alone.loss[0], found.loss[3], rtol=1e-3, atol=1e-5)
+    plain = search(network, images, starts, 20, 0.1)
+    assert not torch.equal(found.latent, plain.latent)
+    same = search(network, images, starts, 20, 0.1, axes=torch.eye(starts.shape[1]))
+    torch.testing.assert_close(same.curve, plain.curve, equal_nan=True)
+
+
 def test_nearest_samples_are_those_that_differ_least():
     samples = torch.tensor([0.0, 1.0, 3.0, 7.0]).view(4, 1, 1, 1).expand(4, 1, 2, 2)
     distance, which = gan.nearest(torch.tensor([2.9, 0.2]).view(2, 1, 1, 1).expand(2, 1, 2, 2), samples, 2)
@@ -140,7 +181,8 @@ def test_nearest_samples_are_those_that_differ_least():
 def test_the_best_restart_counts(prepared, out, images):
     several = fitted("anogan", prepared, out, start="random", restarts=3, **SEARCH)
     starts = several.starts(images)
-    ends = search(several.network, images.repeat(3, 1, 1, 1), starts, 30, 0.1).loss.view(3, -1)
+    repeated, along = images.repeat(3, 1, 1, 1), several.drawn[2]
+    ends = search(several.network, repeated, starts, 30, 0.1, axes=along).loss.view(3, -1)
     found = several.search(images)
     torch.testing.assert_close(found.loss, ends.min(dim=0).values, rtol=1e-3, atol=1e-5)
     assert len(found.loss) == len(images)
@@ -259,3 +301,12 @@ def test_the_benchmark_s_ways_end_equal_and_its_figures_bear_plain_names(prepare
     assert {"speedup_batched", "speedup_warm", "speedup_encoder", "error_fall"} <= figures.keys()
     assert (table.steps[["one at a time", "at once"]] == 8).all()
     assert table.as_good["at once"] == 1
+    near = table.loc["along axes, from: nearest of many samples"]
+    assert near.as_good == 1
+    assert near.steps < 8
+
+
+def test_only_a_way_that_ends_as_low_counts_as_faster():
+    ways = latent_search.pd.DataFrame({"speedup": [20.0, 30.0], "loss": [0.99, 1.02]})
+    assert latent_search._best_of(ways, 1.01) == 20
+    assert latent_search._best_of(ways, 0.9) == 0

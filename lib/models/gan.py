@@ -164,6 +164,16 @@ def nearest(images: torch.Tensor, samples: torch.Tensor, count: int = 1) -> tupl
     return found.values.T, found.indices.T
 
 
+def principal_axes(latents: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """Orthonormal directions of the latent [latent, axis], from those along which slices change most to the least.
+
+    Left singular vectors of the covariance of latents and the samples drawn from them: for normal latents, the
+    generator's mean slope (Stein's lemma).
+    """
+    slope = latents.T @ (samples - samples.mean(dim=0)).flatten(1)
+    return torch.linalg.svd(slope.cpu(), full_matrices=False).U.to(latents.device)
+
+
 class AdversarialDetector(SliceDetector):
     """A detector on slices averaged over squares of pixels, whose slice scores come from its networks, not its maps."""
 
