@@ -17,7 +17,7 @@ from joblib import Parallel, delayed
 from scipy import ndimage
 
 from lib import ROOT, run_folder, volumes
-from lib.datasets import Subject
+from lib.datasets import Subject, read_scan
 from lib.errors import CourseError, check_choice
 from lib.intake import LESION_FREE, Gathered, examine, is_healthy
 from lib.preprocessing import OwnGrid, Recipe, prepare
@@ -272,8 +272,8 @@ def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path) -> None:
     target = folder / subject.id
     if target.exists() and not (target / "facts.json").exists():  # damaged: whole folders are moved in at once
         shutil.rmtree(target)
-    scans = {m: volumes.read(subject.scans[m]) for m in subject.having(recipe.modalities)}
-    lesion = volumes.read(subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
+    scans = {m: read_scan(subject.scans[m]) for m in subject.having(recipe.modalities)}
+    lesion = read_scan(subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
     prepared = prepare(scans, lesion, recipe)
     place = folder / f".{subject.id}-{uuid.uuid4().hex}"
     place.mkdir()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lib import dicom, volumes
 from lib.errors import CourseError
-from lib.volumes import SUFFIXES
+from lib.volumes import SUFFIXES, Volume
 
 SPLITS = ("train", "validation", "test")
 HEALTHY_SHARES = (0.6, 0.2, 0.2)
@@ -41,7 +42,11 @@ _BIDS_NAME = re.compile(
     r"(?P<subject>sub-[a-zA-Z0-9]+)(?P<session>_ses-[a-zA-Z0-9]+)?(?P<entities>(?:_[a-z]+-[a-zA-Z0-9]+)*)"
     rf"_(?:(?P<scan>{'|'.join(_BIDS_ENDINGS)})|\w*(?:mask|roi))\.nii(\.gz)?"
 )
-_EXPECTED = "a folder a subject, its files ending in _flair, _t1, _t1ce, _t2 and _seg (.nii or .nii.gz), or BIDS"
+_DICOM_FOLDERS = {name.lower(): name for name in MODALITIES} | {"t1w": "T1", "t1wce": "T1ce", "t2w": "T2"}
+_EXPECTED = (
+    "a folder a subject, its files ending in _flair, _t1, _t1ce, _t2 and _seg (.nii or .nii.gz), BIDS, or a folder a "
+    "DICOM series"
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,11 @@ def joined(dataset: Dataset, healthy: Dataset) -> Dataset:
     added = _described(healthy.layout, [replace(s, healthy=True) for s in healthy.subjects], list(healthy.notes[1:]))
     subjects = _unique([*dataset.subjects, *added.subjects])
     return Dataset(dataset.layout, tuple(subjects), (*dataset.notes, *added.notes, GAP))
+
+
+def read_scan(path: Path, **options) -> Volume:
+    """A NIfTI file, or a folder that is a DICOM series, as `volumes.read` and `dicom.read`."""
+    return dicom.read(path) if dicom.is_series(path) else volumes.read(path, **options)
 
 
 def parse_modalities(text: str) -> tuple[str, ...]:
@@ -172,7 +182,7 @@ def _brats(folder: Path) -> tuple[list[Subject], list[str]]:
         match = _BRATS_NAME.fullmatch(path.name)
         return match and (Path(os.path.abspath(path.parent)), _BRATS_ENDINGS[match[1].lower()])
 
-    return _grouped(folder, meaning)
+    return _grouped(folder, _scans(folder), meaning)
 
 
 def _bids(folder: Path) -> tuple[list[Subject], list[str]]:
@@ -185,7 +195,7 @@ def _bids(folder: Path) -> tuple[list[Subject], list[str]]:
             return None
         return folder / (match["subject"] + (match["session"] or "")), what
 
-    return _grouped(folder, meaning)
+    return _grouped(folder, _scans(folder), meaning)
 
 
 def _bids_what(match: re.Match) -> str | None:
@@ -194,9 +204,27 @@ def _bids_what(match: re.Match) -> str | None:
     return "lesion" if "lesion" in match[0].lower() else None
 
 
-def _grouped(folder: Path, meaning: Callable[[Path], tuple[Path, str] | None]) -> tuple[list[Subject], list[str]]:
-    """Subjects from what each file means: a path that ends in the subject's name, and a modality or "lesion"."""
-    files = [f for f in _files(folder) if f.name.lower().endswith(SUFFIXES) and not f.name.startswith(".")]
+def _dicom(folder: Path) -> tuple[list[Subject], list[str]]:
+    """A folder a series, as in ID/FLAIR or ID/any name; the modality is that name, or what the scanner's times make."""
+
+    def meaning(path: Path):
+        what = _DICOM_FOLDERS.get(path.name.lower()) or dicom.weighting(dicom.find_series(path)[0].facts)
+        below = path.relative_to(folder).parts
+        named = below[-2] if path.name.lower() in _DICOM_FOLDERS and len(below) > 1 else "".join(below[:1])
+        return what and (folder / named if named else Path(os.path.abspath(folder)), what)
+
+    places = sorted({path.parent for path in _files(folder)})
+    return _grouped(folder, [place for place in places if dicom.is_series(place)], meaning)
+
+
+def _scans(folder: Path) -> list[Path]:
+    return [f for f in _files(folder) if f.name.lower().endswith(SUFFIXES) and not f.name.startswith(".")]
+
+
+def _grouped(
+    folder: Path, files: list[Path], meaning: Callable[[Path], tuple[Path, str] | None]
+) -> tuple[list[Subject], list[str]]:
+    """Subjects from what each scan means: a path that ends in the subject's name, and a modality or "lesion"."""
     by_subject: dict[Path, dict[str, Path]] = {}
     odd = []
     for path in files:
@@ -231,7 +259,7 @@ def _odd_folders(place: str, below: list[str]) -> list[str]:
     return [name for name in below if _BRATS_NAME.fullmatch(name)]
 
 
-LAYOUTS = {"bids": _bids, "brats": _brats}
+LAYOUTS = {"bids": _bids, "brats": _brats, "dicom": _dicom}
 
 
 def _unique(subjects: list[Subject]) -> list[Subject]:

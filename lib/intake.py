@@ -143,7 +143,7 @@ def _refusal(broken: Mapping[str, list], subjects: int) -> CourseError:
 
 def _attempt(record: dict, path, **options) -> Volume | None:
     try:
-        return volumes.read(path, **options)
+        return datasets.read_scan(path, **options)
     except CourseError as error:
         record["problems"].append((error.what, error.cure))
         return None
@@ -242,9 +242,8 @@ class _Memory:
             self.records = {}
 
     def key(self, subject: Subject, modalities: tuple[str, ...]) -> str:
-        files = [subject.scans[m] for m in subject.having(modalities)] + (
-            [subject.lesion_mask] if subject.lesion_mask else []
-        )
+        scans = [*(subject.scans[m] for m in subject.having(modalities)), subject.lesion_mask]
+        files = [f for scan in scans if scan for f in (sorted(scan.iterdir()) if scan.is_dir() else [scan])]
         seen = [(os.path.realpath(f), *((s.st_size, s.st_mtime_ns) if (s := _stat(f)) else ())) for f in files]
         return hashlib.sha256(json.dumps([EXAMINATION, seen, modalities, subject.healthy]).encode()).hexdigest()
 

@@ -62,7 +62,7 @@ def read(path: Path, *, constant_allowed: bool = False) -> Volume:
         raise CourseError(
             f"{path} is truncated: its header promises more voxels than the file holds.", AGAIN
         ) from error
-    _check_voxels(path, voxels, constant_allowed)
+    check_voxels(path, voxels, constant_allowed)
     return Volume(voxels, image.affine, bool(image.header["sform_code"] or image.header["qform_code"]))
 
 
@@ -166,7 +166,8 @@ def _check_header(path: Path, image: nibabel.Nifti1Image) -> None:
         )
 
 
-def _check_voxels(path: Path, voxels: np.ndarray, constant_allowed: bool) -> None:
+def check_voxels(path: Path, voxels: np.ndarray, constant_allowed: bool = False) -> None:
+    """Raise CourseError naming the file for NaN or infinite voxels, and for an image of one value unless allowed."""
     finite = np.isfinite(voxels)
     if not finite.all():
         raise CourseError(

@@ -1,0 +1,311 @@
+"""DICOM series to volumes: which images belong together, where each lies, and what the scanner says it did.
+
+After DICOM PS3.3: C.7.6.2 (image plane), C.7.6.16 (functional groups of enhanced images), C.11.1 (modality LUT). Of a
+header, nothing that names a person, place or day is kept: what `FACTS` does not list is not looked at again.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom.dataset import Dataset as Header
+from pydicom.errors import InvalidDicomError
+
+from lib.errors import CourseError
+from lib.volumes import AGAIN, Volume, check_voxels
+
+FACTS = {
+    "Modality": "modality",
+    "Manufacturer": "vendor",
+    "MagneticFieldStrength": "tesla",
+    "RepetitionTime": "repetition_ms",
+    "EchoTime": "echo_ms",
+    "InversionTime": "inversion_ms",
+    "SliceThickness": "thickness_mm",
+}
+_UID = re.compile(r"\d+(\.\d+){4,}")
+SAME_MM = 0.01  # positions closer than this are one
+EVEN = 0.02  # share of a gap by which gaps may differ from the usual one
+MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
+LONG_ECHO_MS, LONG_REPETITION_MS, FLUID_NULLED_MS = 60, 1500, 1500
+SUFFIXES = (".dcm", ".ima", ".dicom")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One slice: its file and number there, where it lies (DICOM's patient coordinates, LPS, mm), its rescaling."""
+
+    path: Path
+    number: int
+    shape: tuple[int, int]
+    spacing: tuple[float, float]  # of rows, of columns, in mm
+    position: tuple[float, ...] | None
+    orientation: tuple[float, ...] | None
+    slope: float
+    intercept: float
+
+    @property
+    def normal(self) -> np.ndarray:
+        return np.cross(self.orientation[:3], self.orientation[3:])
+
+    @property
+    def height(self) -> float:
+        """Along the normal, in mm."""
+        return float(self.normal @ self.position)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Slices that belong together, in their order; `facts` by the names in `FACTS`; `notes` are for people."""
+
+    frames: tuple[Frame, ...]
+    facts: dict[str, str | float]
+    notes: tuple[str, ...]
+    affine: np.ndarray
+    oriented: bool
+
+
+def is_series(path: Path) -> bool:
+    """Whether a folder holds DICOM files itself."""
+    return Path(path).is_dir() and any(_is_dicom(file) for file in sorted(Path(path).iterdir()) if file.is_file())
+
+
+def find_series(folder: Path) -> list[Series]:
+    """Every series among the DICOM files of a folder, by falling number of slices.
+
+    Raises CourseError naming the file for a damaged one, one without an image or in colour, images of one series that
+    differ in size or orientation, a slice that is missing or there twice.
+    """
+    headers: dict[str, list[tuple[Path, Header]]] = {}
+    for path in sorted(p for p in Path(folder).iterdir() if p.is_file() and _is_dicom(p)):
+        header = _header(path)
+        if header is not None:
+            headers.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
+    if not headers:
+        raise CourseError(f"{folder} holds no DICOM image.", "Give the folder of one series.")
+    found = [_series(Path(folder), images) for images in headers.values()]
+    return sorted(found, key=lambda series: -len(series.frames))
+
+
+def read(folder: Path) -> Volume:
+    """The one series of a folder as a volume; CT is in Hounsfield units.
+
+    Raises CourseError as `find_series` does, and where the folder holds several series or pixels cannot be decoded.
+    """
+    found = find_series(folder)
+    if len(found) > 1:
+        each = ", ".join(f"{len(series.frames)} slices" for series in found)
+        raise CourseError(f"{folder} holds {len(found)} series: {each}.", "Put each into a folder of its own.")
+    return volume(found[0])
+
+
+def volume(series: Series) -> Volume:
+    """Voxels of a series, rescaled as its headers say; brighter is more, also where a film would show it dark."""
+    decoded: dict[Path, np.ndarray] = {}
+    planes = []
+    for frame in series.frames:
+        if frame.path not in decoded:
+            decoded = {frame.path: _pixels(frame.path)}
+        planes.append(decoded[frame.path][frame.number] * frame.slope + frame.intercept)
+    voxels = np.stack(planes).transpose(2, 1, 0).astype(np.float32)
+    voxels = _evened(voxels, series.frames)
+    check_voxels(series.frames[0].path.parent, voxels)
+    return Volume(voxels, series.affine, series.oriented)
+
+
+def weighting(facts: dict[str, str | float]) -> str | None:
+    """The modality that times of repetition, echo and inversion make; None where they do not tell."""
+    if facts.get("modality") == "CT":
+        return "CT"
+    repetition, echo, inversion = (facts.get(f"{name}_ms") for name in ("repetition", "echo", "inversion"))
+    if not repetition or not echo or facts.get("modality") != "MR":
+        return None
+    if echo >= LONG_ECHO_MS:
+        return "FLAIR" if inversion and inversion >= FLUID_NULLED_MS else "T2"
+    return "T1" if inversion or repetition < LONG_REPETITION_MS else "PD"
+
+
+def window(voxels: np.ndarray, centre: float = 40.0, width: float = 80.0) -> np.ndarray:
+    """Hounsfield units to [0, 1] within a window; that of the brain unless told."""
+    return np.clip((voxels - centre) / width + 0.5, 0, 1).astype(np.float32)
+
+
+def _is_dicom(path: Path) -> bool:
+    if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
+        return False
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _name(path: Path) -> str:
+    """A file's name for people, without the unique identifiers that lead to a patient."""
+    short = _UID.sub("…", path.name)
+    if short == path.name:
+        return str(path)
+    return f"{path.parent / short} (file {1 + sorted(path.parent.iterdir()).index(path)} there by name)"
+
+
+def _header(path: Path) -> Header | None:
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+    except (InvalidDicomError, OSError, EOFError, ValueError, AttributeError, NotImplementedError) as error:
+        raise CourseError(f"{_name(path)} is damaged, or no DICOM file.", AGAIN) from error
+    if "Rows" not in header or "Columns" not in header:
+        raise CourseError(f"{_name(path)} holds no image.", "Take it out of the folder.")
+    kind = header.get("PhotometricInterpretation")
+    if kind not in MONOCHROME or header.get("SamplesPerPixel", 1) != 1:
+        raise CourseError(
+            f"{_name(path)} is in colour ({kind}).", "Give the original grey images, not a picture of them."
+        )
+    return header
+
+
+def _series(folder: Path, images: list[tuple[Path, Header]]) -> Series:
+    frames = [frame for path, header in images for frame in _frames(path, header)]
+    _check_alike(frames)
+    first = images[0][1]
+    facts = {ours: _plain(_look_up(first, theirs)) for theirs, ours in FACTS.items()}
+    facts = {name: value for name, value in facts.items() if value is not None}
+    oriented = all(frame.position and frame.orientation for frame in frames)
+    if oriented:
+        frames.sort(key=lambda frame: frame.height)
+        notes = _check_gaps(frames)
+    else:
+        notes = ["The headers do not say where the slices lie; their order in the file is taken."]
+    step = _step(frames, first, oriented)
+    length = len(frames) * float(np.linalg.norm(step))
+    notes += [f"{len(frames)} slices over {length:.0f} mm; whether more were scanned cannot be seen."]
+    return Series(tuple(frames), facts, tuple(notes), _affine(frames, step, oriented), oriented)
+
+
+def _frames(path: Path, header: Header) -> Iterator[Frame]:
+    for number in range(int(header.get("NumberOfFrames") or 1)):
+        groups = _groups(header, number)
+        slope, intercept = _look_up(groups, "RescaleSlope"), _look_up(groups, "RescaleIntercept")
+        yield Frame(
+            path, number, (int(header.Rows), int(header.Columns)),
+            _numbers(_look_up(groups, "PixelSpacing")) or (1.0, 1.0),
+            _numbers(_look_up(groups, "ImagePositionPatient")), _numbers(_look_up(groups, "ImageOrientationPatient")),
+            1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept),
+        )  # fmt: skip
+
+
+def _groups(header: Header, number: int) -> list[Header]:
+    """Where the values of a frame may stand: its own functional groups, the shared ones, the header."""
+    own = header.get("PerFrameFunctionalGroupsSequence") or []
+    shared = header.get("SharedFunctionalGroupsSequence") or []
+    places = [*own[number : number + 1], *shared[:1]]
+    return [inner for place in places for group in place for inner in (group.value or [])[:1]] + [header]
+
+
+def _look_up(places: list[Header] | Header, keyword: str):
+    """The first value of that name that is not empty."""
+    places = _groups(places, 0) if isinstance(places, Header) else places
+    values = (place.get(keyword) for place in places if isinstance(place, Header))
+    return next((value for value in values if value not in (None, "")), None)
+
+
+def _numbers(value) -> tuple[float, ...] | None:
+    return None if value is None else tuple(map(float, value))
+
+
+def _plain(value) -> str | float | None:
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def _check_alike(frames: list[Frame]) -> None:
+    """All of one size, one spacing and one orientation."""
+    first = frames[0]
+    for frame in frames[1:]:
+        same = {
+            "size": frame.shape == first.shape,
+            "pixel spacing": np.allclose(frame.spacing, first.spacing, atol=SAME_MM),
+            "orientation": (frame.orientation is None) == (first.orientation is None)
+            and (frame.orientation is None or np.allclose(frame.orientation, first.orientation, atol=1e-3)),
+        }
+        for what, holds in same.items():
+            if not holds:
+                raise CourseError(
+                    f"{_name(frame.path)} differs in {what} from {_name(first.path)} of the same series.",
+                    "Put each kind into a folder of its own.",
+                )
+
+
+def _check_gaps(frames: list[Frame]) -> list[str]:
+    """Notes on gaps that vary; CourseError for a slice that is missing or there twice."""
+    gaps = np.array([after.height - before.height for before, after in pairwise(frames)])
+    if not len(gaps):
+        return []
+    twice = int(gaps.argmin())
+    if gaps[twice] < SAME_MM:
+        paths = f"{_name(frames[twice].path)} and {_name(frames[twice + 1].path)}"
+        raise CourseError(f"{paths} lie in one place.", "Keep one of them, or part the series.")
+    usual = np.sort(gaps)[(len(gaps) - 1) // 2]
+    for before, gap in zip(frames, gaps, strict=False):
+        missing = round(gap / usual) - 1
+        if missing >= 1 and abs(gap / usual - missing - 1) < EVEN * (missing + 1):
+            what = f"Behind {_name(before.path)}, {missing} of the slices {'is' if missing == 1 else 'are'} missing"
+            raise CourseError(f"{what}: a gap of {gap:.1f} mm where others are {usual:.1f} mm.", AGAIN)
+    if _uneven(gaps):
+        return [f"Gaps between slices vary from {gaps.min():.2f} to {gaps.max():.2f} mm; slices are interpolated."]
+    return []
+
+
+def _uneven(gaps: np.ndarray) -> bool:
+    return bool(len(gaps)) and np.abs(gaps - np.median(gaps)).max() > EVEN * np.median(gaps) + SAME_MM
+
+
+def _step(frames: list[Frame], header: Header, oriented: bool) -> np.ndarray:
+    """From a slice to the next, in patient coordinates; a tilted gantry's is not along the normal."""
+    if oriented and len(frames) > 1:
+        return (np.array(frames[-1].position) - frames[0].position) / (len(frames) - 1)
+    distance = _look_up(header, "SpacingBetweenSlices") or _look_up(header, "SliceThickness") or 1.0
+    return float(distance) * (frames[0].normal if oriented else np.array([0.0, 0.0, 1.0]))
+
+
+def _affine(frames: list[Frame], step: np.ndarray, oriented: bool) -> np.ndarray:
+    """Voxel [column, row, slice] to mm in RAS+; the middle is the origin where the headers do not say."""
+    first, affine = frames[0], np.eye(4)
+    along = np.array(first.orientation if oriented else (1, 0, 0, 0, 1, 0), float).reshape(2, 3)
+    affine[:3, 0], affine[:3, 1], affine[:3, 2] = along[0] * first.spacing[1], along[1] * first.spacing[0], step
+    middle = (np.array([first.shape[1], first.shape[0], len(frames)]) - 1) / 2
+    affine[:3, 3] = first.position if oriented else -affine[:3, :3] @ middle * (1, 1, 1)
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def _pixels(path: Path) -> np.ndarray:
+    """Stored values [frame, row, column]; inverted where a film would show high values dark."""
+    try:
+        header = pydicom.dcmread(path)
+        pixels = header.pixel_array.astype(np.float32)
+    except (RuntimeError, ValueError, AttributeError, OSError, EOFError, NotImplementedError) as error:
+        raise CourseError(
+            f"The pixels of {_name(path)} cannot be decoded.", f"{AGAIN} Or convert it to NIfTI."
+        ) from error
+    pixels = pixels.reshape(-1, *pixels.shape[-2:])
+    inverted = header.PhotometricInterpretation == "MONOCHROME1"
+    return 2 ** int(header.BitsStored) - 1 - pixels if inverted else pixels
+
+
+def _evened(voxels: np.ndarray, frames: tuple[Frame, ...]) -> np.ndarray:
+    """Slices at even distances, interpolated linearly where those of the scan are not."""
+    if frames[0].position is None or len(frames) < 2:
+        return voxels
+    heights = np.array([frame.height for frame in frames])
+    if not _uneven(np.diff(heights)):
+        return voxels
+    place = np.interp(np.linspace(heights[0], heights[-1], len(heights)), heights, np.arange(len(heights)))
+    below = np.minimum(place.astype(int), len(heights) - 2)
+    share = (place - below).astype(np.float32)
+    return voxels[..., below] * (1 - share) + voxels[..., below + 1] * share
