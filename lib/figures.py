@@ -3,7 +3,7 @@
 A figure is (value, low, high, n) and, where there is something to say, a note; figures stand under (level, metric).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,8 @@ SHARES = {  # of the sums over subjects
     ("lesion", "lesion_recall"): ("lesions_found", "lesions"),
     ("lesion", "lesion_recall_strict"): ("lesions_found_strictly", "lesions"),
 }
+POOLED = {"ap_pooled": metrics.pooled_precision, "dice_oracle": metrics.oracle_dice}
+IN_VOXELS = {metric for _, metric in (*MEANS, *SHARES)} | {"prevalence", *POOLED}
 ONLY_RAW = {"prevalence", "dice_conformal", "dice_mean_sigma", "false_alarms_promised", "false_alarms_seen"}
 OF_DETECTIONS = {"dice", "sensitivity_at_fpr1", "fpr_promised", "fpr_seen", "lesion_lost", "lesion_recall",
                  "lesion_recall_strict", "false_positives_per_volume"}  # fmt: skip
@@ -41,27 +43,26 @@ NOTES = {
 
 def of_step(subjects: Sequence[Judged], limits: Frozen, step: str, seed: int) -> dict:
     """All figures of a post-processing step."""
-    found = voxels(subjects, seed) | _promises(subjects, limits)
     if step == "none":
+        found = voxels(subjects, seed, IN_VOXELS - {"lesion_lost"}) | _promises(subjects, limits)
         found |= slices([s.counts for s in subjects], seed) | slice_rules(subjects, seed) | _scans(subjects, seed)
-        found |= {("lesion", "froc"): _froc(subjects, seed)} if found.get(("voxel", "ap")) else {}
-        return {key: figure for key, figure in found.items() if key[1] != "lesion_lost"}
-    kept = OF_DETECTIONS if step == "components" else {metric for _, metric in found} - ONLY_RAW
+        return found | ({("lesion", "froc"): _froc(subjects, seed)} if found.get(("voxel", "ap")) else {})
+    kept = OF_DETECTIONS if step == "components" else (IN_VOXELS | {"fpr_promised"}) - ONLY_RAW
+    found = voxels(subjects, seed, kept) | _promises(subjects, limits)
     return {key: figure for key, figure in found.items() if key[1] in kept}
 
 
-def voxels(subjects: Sequence[Judged], seed: int) -> dict:
-    """Figures of voxels and lesions; those that no subject has are left out."""
+def voxels(subjects: Sequence[Judged], seed: int, wanted: Collection[str]) -> dict:
+    """Figures of voxels and lesions, those that are wanted of IN_VOXELS; those that no subject has are left out."""
     table = pd.DataFrame([s.record for s in subjects])
-    found = {key: _mean(table[column], seed) for key, column in MEANS.items()}
-    found |= {key: _share(table[part], table[whole], seed) for key, (part, whole) in SHARES.items()}
-    ill = table[table.lesion_voxels > 0]
-    found["voxel", "prevalence"] = _share(ill.lesion_voxels, ill.brain_voxels, seed)
+    found = {key: _mean(table[column], seed) for key, column in MEANS.items() if key[1] in wanted}
+    found |= {key: _share(table[one], table[all_], seed) for key, (one, all_) in SHARES.items() if key[1] in wanted}
+    if "prevalence" in wanted:
+        ill = table[table.lesion_voxels > 0]
+        found["voxel", "prevalence"] = _share(ill.lesion_voxels, ill.brain_voxels, seed)
     sick = [s.counts for s in subjects if s.counts.lesion_voxels]
-    if sick:
-        weights = resampled(len(sick), seed)
-        found["voxel", "ap_pooled"] = (*metrics.pooled_precision(sick, weights), len(sick))
-        found["voxel", "dice_oracle"] = (*metrics.oracle_dice(sick, weights), len(sick))
+    for name in (name for name in POOLED if name in wanted and sick):
+        found["voxel", name] = (*POOLED[name](sick, resampled(len(sick), seed)), len(sick))
     return {key: _noted(key, figure) for key, figure in found.items() if figure}
 
 

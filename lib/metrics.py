@@ -4,12 +4,11 @@ A float16 map has at most 65 536 values, so the numbers of lesion and of other v
 voxel metric needs, exactly. Counts add over patients.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import ndimage
 
 CODES = 2**16
 PROMISED_FPR = 0.01  # share of healthy validation voxels above the frozen threshold
@@ -19,8 +18,6 @@ INTERVAL = (2.5, 97.5)  # percentiles
 PART = 2**18  # voxels counted at a time
 CHUNK = 50  # resamples held in memory at a time
 GROUPS = 512  # steps of recall that a pooled curve has in its resamples
-TOUCHING = np.ones((3, 3, 3), bool)  # 26 neighbours
-STRICT = 0.1  # share of a lesion that finds it strictly
 FROC_POINTS = (0.25, 0.5, 1, 2, 4, 8)  # false positives per volume
 
 
@@ -164,31 +161,6 @@ def scan_score(subject: SubjectCounts) -> float:
     return float(taken[taken > 0] @ highest / wanted)
 
 
-def drop_small(mask: np.ndarray, smallest: int) -> np.ndarray:
-    """A mask without its components (26 neighbours) of fewer than `smallest` voxels."""
-    labels, _ = ndimage.label(mask, TOUCHING)
-    large = np.bincount(labels.ravel()) >= smallest
-    large[0] = False
-    return large[labels]
-
-
-def lesion_counts(masks: Iterable[np.ndarray], lesion: np.ndarray, smallest: int = 1) -> np.ndarray:
-    """For each detection mask the lesions found by one voxel, those found by a tenth of theirs, and the false
-    components, int [mask, 3].
-
-    Components have 26 neighbours; those of fewer than `smallest` voxels are no detections, and one is false where it
-    does not touch the lesions dilated by one voxel.
-    """
-    truth, _ = ndimage.label(lesion, TOUCHING)
-    near = np.flatnonzero(ndimage.binary_dilation(lesion, TOUCHING))
-    return np.array([_found_and_false(mask, truth.ravel(), near, smallest) for mask in masks])
-
-
-def lesion_number(lesion: np.ndarray) -> int:
-    """Components of a lesion mask, with 26 neighbours."""
-    return ndimage.label(lesion, TOUCHING)[1]
-
-
 def froc(recall: np.ndarray, false: np.ndarray) -> float:
     """Mean recall at ¼, ½, 1, 2, 4 and 8 false positives per volume, between the points of a curve linearly; the
     summary of CAMELYON16 (Ehteshami Bejnordi et al., JAMA 2017).
@@ -246,18 +218,6 @@ def resampled(subjects: int, seed: int) -> np.ndarray:
 def _around(exact: float, figures: tuple[float, float, float]) -> tuple[float, float, float]:
     value, low, high = figures
     return exact, low + exact - value, high + exact - value
-
-
-def _found_and_false(mask: np.ndarray, truth: np.ndarray, near: np.ndarray, smallest: int) -> tuple[int, int, int]:
-    labels, _ = ndimage.label(mask, TOUCHING)
-    labels = labels.ravel()
-    large = np.bincount(labels) >= smallest
-    large[0] = False
-    kept = near[large[labels[near]]]
-    sizes = np.bincount(truth[near])[1:]  # every lesion lies within the dilated ones
-    overlap = np.bincount(truth[kept], minlength=len(sizes) + 1)[1:]
-    false = int(large.sum()) - len(np.unique(labels[kept]))
-    return int((overlap > 0).sum()), int((overlap >= np.maximum(STRICT * sizes, 1)).sum()), false
 
 
 def _above(counts: np.ndarray) -> np.ndarray:
