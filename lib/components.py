@@ -1,6 +1,6 @@
 """Connected components of masks that hold few of a volume's voxels, with 26 neighbours.
 
-Neighbours are looked up once, among the voxels of a mask alone, and joined by a graph; masks that hold one another,
+Neighbours are looked up once, among the voxels of a mask alone, and joined; masks that hold one another,
 as those of falling thresholds do, grow out of each other, so that no pair of neighbours is joined twice.
 """
 
@@ -10,8 +10,6 @@ from itertools import product
 
 import numpy as np
 from scipy import ndimage
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 TOUCHING = np.ones((3, 3, 3), bool)  # 26 neighbours
 # half of the neighbours, so that each pair is met once
@@ -49,7 +47,7 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, slice, slice]:
 def drop_small(mask: np.ndarray, smallest: int) -> np.ndarray:
     """A mask without its components of fewer than `smallest` voxels."""
     voxels = np.flatnonzero(mask)
-    (label,) = _grown(np.zeros(len(voxels), int), _neighbours(voxels, mask.shape), 1)
+    (label,) = _grown(np.zeros(len(voxels), np.uint16), _neighbours(voxels, mask.shape), 1)
     result = np.zeros_like(mask)
     result.ravel()[voxels] = (np.bincount(label) >= smallest)[label]
     return result
@@ -63,7 +61,8 @@ def lesion_counts(scores: np.ndarray, thresholds: Sequence[int], truth: Lesions,
     dilated by one voxel.
     """
     voxels = np.flatnonzero(scores >= thresholds[-1])
-    first = len(thresholds) - np.searchsorted(thresholds[::-1], scores.ravel()[voxels], side="right")
+    reached = np.searchsorted(thresholds[::-1], scores.ravel()[voxels], side="right")
+    first = (len(thresholds) - reached).astype(np.uint16)  # short integers sort fastest
     order = np.argsort(first, kind="stable")
     voxels, first = voxels[order], first[order]
     beside = np.flatnonzero(truth.near.ravel()[voxels])
@@ -91,17 +90,28 @@ def _neighbours(voxels: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 def _grown(first: np.ndarray, pairs: np.ndarray, masks: int) -> Iterator[np.ndarray]:
     """The component of each voxel that has entered, after each of so many masks [voxel]. `first`: number of the mask
-    that a voxel enters with, rising, [voxel]."""
-    joined = first[pairs].max(axis=0).astype(np.uint16)  # short integers sort fastest
+    that a voxel enters with, rising, uint16 [voxel]."""
+    joined = np.maximum(*first[pairs])
     pairs = pairs[:, np.argsort(joined, kind="stable")]
     met, entered = (np.append(0, np.bincount(one, minlength=masks).cumsum()) for one in (joined, first))
-    label, number = np.zeros(0, int), 0
+    label, number = np.zeros(0, np.int32), 0
     for i in range(masks):
-        alone = np.arange(entered[i + 1] - entered[i])
+        alone = np.arange(entered[i + 1] - entered[i], dtype=np.int32)
         label, number = np.append(label, alone + number), number + len(alone)
-        if met[i] < met[i + 1]:
-            ends = label[pairs[:, met[i] : met[i + 1]]]
-            graph = coo_array((np.ones(ends.shape[1], np.int8), ends), shape=(number, number))
-            number, merged = connected_components(graph, directed=False)
-            label = merged[label]
+        merged, number = _merged(label[pairs[:, met[i] : met[i + 1]]], number)
+        label = merged[label]
         yield label
+
+
+def _merged(ends: np.ndarray, number: int) -> tuple[np.ndarray, int]:
+    """The component of each of so many nodes, and how many there are, from edges [2, edge]: each root hooks on to a
+    lower one beside it, and nodes jump to their root's root, until no edge is left (Shiloach and Vishkin, 1982)."""
+    root = np.arange(number, dtype=np.int32)
+    while ends.size:
+        root[np.maximum(*ends)] = np.minimum(*ends)
+        while not np.array_equal(further := root[root], root):
+            root = further
+        ends = root[ends]
+        ends = ends[:, ends[0] != ends[1]]
+    own = root == np.arange(number)
+    return (np.cumsum(own, dtype=np.int32) - 1)[root], int(own.sum())

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_curve
 
 from lib import judging, metrics
 from lib.judging import PROMISED_ALARMS, Frozen, Judged
-from lib.metrics import PROMISED_FPR, SubjectCounts, auroc, average_precision, bootstrap, resampled
+from lib.metrics import PROMISED_FPR, RESAMPLES, SubjectCounts, auroc, average_precision, bootstrap, resampled
 
 MEANS = {  # over the subjects that have the figure
     ("voxel", "ap"): "ap",
@@ -133,14 +133,14 @@ def _mean(column: pd.Series, seed: int) -> tuple | None:
     values = column.dropna().to_numpy(float)
     if not len(values):
         return None
-    return *bootstrap(lambda w: w @ values / len(values), resampled(len(values), seed)), len(values)
+    return *bootstrap(lambda w: w @ values / len(values), resampled(len(values), seed), RESAMPLES), len(values)
 
 
 def _share(part: pd.Series, whole: pd.Series, seed: int) -> tuple | None:
     parts, wholes = part[whole > 0].to_numpy(float), whole[whole > 0].to_numpy(float)
     if not len(parts):
         return None
-    return *bootstrap(lambda w: (w @ parts) / (w @ wholes), resampled(len(parts), seed)), len(parts)
+    return *bootstrap(lambda w: (w @ parts) / (w @ wholes), resampled(len(parts), seed), RESAMPLES), len(parts)
 
 
 def _balanced(table: pd.DataFrame, rule: str, seed: int) -> tuple:
@@ -151,7 +151,7 @@ def _balanced(table: pd.DataFrame, rule: str, seed: int) -> tuple:
         with np.errstate(invalid="ignore"):
             return ((w @ hits) / (w @ ill) + (w @ spared) / (w @ well)) / 2
 
-    return *bootstrap(figure, resampled(len(table), seed)), len(table)
+    return *bootstrap(figure, resampled(len(table), seed), RESAMPLES), len(table)
 
 
 def _promises(subjects: Sequence[Judged], limits: Frozen) -> dict:
@@ -174,6 +174,6 @@ def _froc(subjects: Sequence[Judged], seed: int) -> tuple:
     def figure(w: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore"):
             recall = (w @ found) / (w @ lesions)[:, None]
-        return np.array([metrics.froc(*pair) for pair in zip(recall, w @ false / len(subjects), strict=True)])
+        return metrics.froc(recall, w @ false / len(subjects))
 
-    return *bootstrap(figure, resampled(len(subjects), seed)), len(subjects)
+    return *bootstrap(figure, resampled(len(subjects), seed), RESAMPLES), len(subjects)

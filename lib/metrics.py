@@ -60,7 +60,8 @@ class SubjectCounts:
 
 def codes(anomaly_map: np.ndarray) -> np.ndarray:
     """Order-preserving integers of float16 values: uint16, larger is more anomalous; −0 is 0."""
-    bits = (anomaly_map.astype(np.float16, copy=False) + np.float16(0)).view(np.uint16)
+    bits = anomaly_map.astype(np.float16, order="C").view(np.uint16)
+    bits[bits == 0x8000] = 0
     flips = bits >> 15
     np.negative(flips, out=flips)  # every bit of a negative value; of a positive one, below, the sign
     flips |= 0x8000
@@ -161,15 +162,16 @@ def scan_score(subject: SubjectCounts) -> float:
     return float(taken[taken > 0] @ highest / wanted)
 
 
-def froc(recall: np.ndarray, false: np.ndarray) -> float:
+def froc(recall: np.ndarray, false: np.ndarray) -> np.ndarray:
     """Mean recall at ¼, ½, 1, 2, 4 and 8 false positives per volume, between the points of a curve linearly; the
     summary of CAMELYON16 (Ehteshami Bejnordi et al., JAMA 2017).
 
-    Points by falling threshold, [threshold]. Low thresholds melt false components into one, so a point never counts
-    fewer than the points before it; the curve starts at 0, 0.
+    Points by falling threshold, [..., threshold] → [...]. Low thresholds melt false components into one, so a point
+    never counts fewer than the points before it; the curve starts at 0, 0.
     """
-    false = np.maximum.accumulate(np.append(0, false))
-    return float(np.interp(FROC_POINTS, false, np.append(0, recall)).mean())
+    recall, false = (np.insert(one, 0, 0, axis=-1) for one in (recall, np.maximum.accumulate(false, axis=-1)))
+    curves = zip(false.reshape(-1, false.shape[-1]), recall.reshape(-1, false.shape[-1]), strict=True)
+    return np.array([np.interp(FROC_POINTS, *curve).mean() for curve in curves]).reshape(false.shape[:-1])
 
 
 def pooled_precision(subjects: Sequence[SubjectCounts], weights: np.ndarray) -> tuple[float, float, float]:
@@ -196,13 +198,16 @@ def coarse(subjects: Sequence[SubjectCounts], groups: int = GROUPS) -> tuple[np.
     return lesion, other
 
 
-def bootstrap(figure: Callable[[np.ndarray], np.ndarray], weights: np.ndarray) -> tuple[float, float, float]:
+def bootstrap(
+    figure: Callable[[np.ndarray], np.ndarray], weights: np.ndarray, chunk: int = CHUNK
+) -> tuple[float, float, float]:
     """The figure with every subject once, and the 95 % percentile interval over resampled subjects.
 
-    `figure` takes weights [resample, subject] to [resample]; the interval is NaN where no resample has a figure.
+    `figure` takes weights [resample, subject] to [resample], so many resamples at a time; the interval is NaN where no
+    resample has a figure.
     """
     value = float(figure(np.ones((1, weights.shape[1])))[0])
-    drawn = np.concatenate([figure(weights[i : i + CHUNK]) for i in range(0, len(weights), CHUNK)])
+    drawn = np.concatenate([figure(weights[i : i + chunk]) for i in range(0, len(weights), chunk)])
     drawn = drawn[np.isfinite(drawn)]
     low, high = np.percentile(drawn, INTERVAL) if len(drawn) else (np.nan, np.nan)
     return value, float(low), float(high)
