@@ -4,10 +4,13 @@ A subject is read once, reduced to counts, and forgotten; each post-processing s
 on the healthy material of validation. `patients.csv` keeps what was found of every subject, `results.csv` the figures.
 """
 
+import os
+from collections.abc import Iterator
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from joblib import Parallel, delayed, parallel_config
 
 from lib import domain, figures, judging, models, postprocessing, run_folder, scoring
 from lib.baselines import SLICE_LABELS
@@ -17,8 +20,10 @@ from lib.figures import MEANS
 from lib.intake import LESION_FREE
 from lib.judging import Judged
 from lib.metrics import CODES, PROMISED_FPR, SubjectCounts, average_precision, bootstrap, codes, resampled, value_of
+from lib.progress import bar
 from lib.volumes import write_bytes
 
+FEW = 4  # trainings, for which no further process is worth its start
 FEWEST = 2  # subjects in a stratum
 TIE = 0.01  # smaller differences of a patient are a draw
 COLUMNS = [
@@ -39,12 +44,14 @@ def evaluate(run: str, cohort: Cohort, seed: int = 0) -> pd.DataFrame:
     over patients. A method that was trained with several seeds has rows for each of them. Raises CourseError where a
     subject, or a scan, stands in two splits."""
     _refuse_leaks(cohort)
+    trainings = [trained for method in scoring.methods(run) for trained in scoring.trainings(run, method)]
     rows, records, curves, warned = _domain_rows(cohort, seed), [], [], {}
-    for method in scoring.methods(run):
-        for trained in scoring.trainings(run, method):
-            of_method, of_patients, of_curve = _evaluate_training(run, trained, cohort, seed)
-            rows, records, curves = rows + of_method, records + of_patients, curves + of_curve
-            warned[method, scoring.seed_of(trained, seed)] = scoring.warnings(run, trained)
+    judged = _in_processes([delayed(_evaluate_training)(run, trained, cohort, seed) for trained in trainings])
+    for trained, found in zip(trainings, bar(judged, "judging", total=len(trainings), unit="method"), strict=True):
+        method = scoring.method_of(trained)
+        rows += [row | {"family": models.family(method)} for row in found[0]]
+        records, curves = records + found[1], curves + found[2]
+        warned[method, scoring.seed_of(trained, seed)] = scoring.warnings(run, trained)
     order = ["method", "postprocess", "stratum", "level", "metric", "seed"]
     table = pd.DataFrame(rows, columns=COLUMNS).sort_values(order, ignore_index=True)
     table["note"] = _notes(table, cohort, warned)
@@ -126,8 +133,7 @@ def who_beats_whom(differences: pd.DataFrame) -> pd.DataFrame:
 
 def test_counts(run: str, method: str, cohort: Cohort) -> list[SubjectCounts]:
     """Counts of every test subject under a method, in the order of their names."""
-    scans = (read() for read in judging.tested(run, method, cohort))
-    return [judging.count(scan, scan.codes("none")) for scan in scans]
+    return [judging.count(scan, scan.codes("none")) for scan in judging.tested(run, method, cohort)]
 
 
 def frozen_threshold(run: str, method: str, cohort: Cohort) -> int:
@@ -171,12 +177,20 @@ def _refuse_leaks(cohort: Cohort) -> None:
                 )
 
 
+def _in_processes(jobs: list) -> Iterator:
+    """What each job returns, in their order, from processes where that is worth their start: a core and a thread each,
+    whatever the notebook has."""
+    workers = min(os.cpu_count() or 1, max(1, len(jobs) // FEW))
+    with parallel_config("loky", inner_max_num_threads=1):
+        return Parallel(n_jobs=workers, return_as="generator")(jobs)
+
+
 def _evaluate_training(run: str, trained: str, cohort: Cohort, seed: int) -> tuple[list[dict], list[dict], list[tuple]]:
     """Rows of `results.csv`, of `patients.csv` and of `froc.csv`."""
     method, own = scoring.method_of(trained), scoring.seed_of(trained, seed)
-    shared = {"method": method, "family": models.family(method), "modality": "+".join(cohort.modalities), "seed": own}
+    shared = {"method": method, "modality": "+".join(cohort.modalities), "seed": own}
     frozen = judging.freeze(run, trained, cohort, steps_of(trained))
-    judged = judging.judge_all(judging.tested(run, trained, cohort), frozen)
+    judged = [judging.judge(scan, frozen) for scan in judging.tested(run, trained, cohort)]
     rows, records = [], []
     for step, limits in frozen.items():
         subjects = [one[step] for one in judged]
@@ -187,7 +201,7 @@ def _evaluate_training(run: str, trained: str, cohort: Cohort, seed: int) -> tup
         records += [{"method": method, "seed": own, "postprocess": step, **one.record} for one in subjects]
         rows += _rows(figures.of_step(subjects, limits, step, seed), of_all)
         for name, members in _strata(subjects).items() if (trained, step) == (method, "none") else ():
-            few = {key: figure for key, figure in figures.voxels(members, seed).items() if key[1] in IN_STRATA}
+            few = figures.voxels(members, seed, IN_STRATA)
             rows += _rows(few, shared | {"postprocess": step, "stratum": name})
     curve = figures.froc_points([one["none"] for one in judged]) if trained == method else []
     return rows, records, [(method, *point) for point in curve]

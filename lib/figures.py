@@ -3,7 +3,7 @@
 A figure is (value, low, high, n) and, where there is something to say, a note; figures stand under (level, metric).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ from sklearn.metrics import roc_curve
 
 from lib import judging, metrics
 from lib.judging import PROMISED_ALARMS, Frozen, Judged
-from lib.metrics import PROMISED_FPR, SubjectCounts, auroc, average_precision, bootstrap, resampled
+from lib.metrics import PROMISED_FPR, RESAMPLES, SubjectCounts, auroc, average_precision, bootstrap, resampled
 
 MEANS = {  # over the subjects that have the figure
     ("voxel", "ap"): "ap",
@@ -29,6 +29,8 @@ SHARES = {  # of the sums over subjects
     ("lesion", "lesion_recall"): ("lesions_found", "lesions"),
     ("lesion", "lesion_recall_strict"): ("lesions_found_strictly", "lesions"),
 }
+POOLED = {"ap_pooled": metrics.pooled_precision, "dice_oracle": metrics.oracle_dice}
+IN_VOXELS = {metric for _, metric in (*MEANS, *SHARES)} | {"prevalence", *POOLED}
 ONLY_RAW = {"prevalence", "dice_conformal", "dice_mean_sigma", "false_alarms_promised", "false_alarms_seen"}
 OF_DETECTIONS = {"dice", "sensitivity_at_fpr1", "fpr_promised", "fpr_seen", "lesion_lost", "lesion_recall",
                  "lesion_recall_strict", "false_positives_per_volume"}  # fmt: skip
@@ -41,27 +43,26 @@ NOTES = {
 
 def of_step(subjects: Sequence[Judged], limits: Frozen, step: str, seed: int) -> dict:
     """All figures of a post-processing step."""
-    found = voxels(subjects, seed) | _promises(subjects, limits)
     if step == "none":
+        found = voxels(subjects, seed, IN_VOXELS - {"lesion_lost"}) | _promises(subjects, limits)
         found |= slices([s.counts for s in subjects], seed) | slice_rules(subjects, seed) | _scans(subjects, seed)
-        found |= {("lesion", "froc"): _froc(subjects, seed)} if found.get(("voxel", "ap")) else {}
-        return {key: figure for key, figure in found.items() if key[1] != "lesion_lost"}
-    kept = OF_DETECTIONS if step == "components" else {metric for _, metric in found} - ONLY_RAW
+        return found | ({("lesion", "froc"): _froc(subjects, seed)} if found.get(("voxel", "ap")) else {})
+    kept = OF_DETECTIONS if step == "components" else (IN_VOXELS | {"fpr_promised"}) - ONLY_RAW
+    found = voxels(subjects, seed, kept) | _promises(subjects, limits)
     return {key: figure for key, figure in found.items() if key[1] in kept}
 
 
-def voxels(subjects: Sequence[Judged], seed: int) -> dict:
-    """Figures of voxels and lesions; those that no subject has are left out."""
+def voxels(subjects: Sequence[Judged], seed: int, wanted: Collection[str]) -> dict:
+    """Figures of voxels and lesions, those that are wanted of IN_VOXELS; those that no subject has are left out."""
     table = pd.DataFrame([s.record for s in subjects])
-    found = {key: _mean(table[column], seed) for key, column in MEANS.items()}
-    found |= {key: _share(table[part], table[whole], seed) for key, (part, whole) in SHARES.items()}
-    ill = table[table.lesion_voxels > 0]
-    found["voxel", "prevalence"] = _share(ill.lesion_voxels, ill.brain_voxels, seed)
+    found = {key: _mean(table[column], seed) for key, column in MEANS.items() if key[1] in wanted}
+    found |= {key: _share(table[one], table[all_], seed) for key, (one, all_) in SHARES.items() if key[1] in wanted}
+    if "prevalence" in wanted:
+        ill = table[table.lesion_voxels > 0]
+        found["voxel", "prevalence"] = _share(ill.lesion_voxels, ill.brain_voxels, seed)
     sick = [s.counts for s in subjects if s.counts.lesion_voxels]
-    if sick:
-        weights = resampled(len(sick), seed)
-        found["voxel", "ap_pooled"] = (*metrics.pooled_precision(sick, weights), len(sick))
-        found["voxel", "dice_oracle"] = (*metrics.oracle_dice(sick, weights), len(sick))
+    for name in (name for name in POOLED if name in wanted and sick):
+        found["voxel", name] = (*POOLED[name](sick, resampled(len(sick), seed)), len(sick))
     return {key: _noted(key, figure) for key, figure in found.items() if figure}
 
 
@@ -132,14 +133,14 @@ def _mean(column: pd.Series, seed: int) -> tuple | None:
     values = column.dropna().to_numpy(float)
     if not len(values):
         return None
-    return *bootstrap(lambda w: w @ values / len(values), resampled(len(values), seed)), len(values)
+    return *bootstrap(lambda w: w @ values / len(values), resampled(len(values), seed), RESAMPLES), len(values)
 
 
 def _share(part: pd.Series, whole: pd.Series, seed: int) -> tuple | None:
     parts, wholes = part[whole > 0].to_numpy(float), whole[whole > 0].to_numpy(float)
     if not len(parts):
         return None
-    return *bootstrap(lambda w: (w @ parts) / (w @ wholes), resampled(len(parts), seed)), len(parts)
+    return *bootstrap(lambda w: (w @ parts) / (w @ wholes), resampled(len(parts), seed), RESAMPLES), len(parts)
 
 
 def _balanced(table: pd.DataFrame, rule: str, seed: int) -> tuple:
@@ -150,7 +151,7 @@ def _balanced(table: pd.DataFrame, rule: str, seed: int) -> tuple:
         with np.errstate(invalid="ignore"):
             return ((w @ hits) / (w @ ill) + (w @ spared) / (w @ well)) / 2
 
-    return *bootstrap(figure, resampled(len(table), seed)), len(table)
+    return *bootstrap(figure, resampled(len(table), seed), RESAMPLES), len(table)
 
 
 def _promises(subjects: Sequence[Judged], limits: Frozen) -> dict:
@@ -173,6 +174,6 @@ def _froc(subjects: Sequence[Judged], seed: int) -> tuple:
     def figure(w: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore"):
             recall = (w @ found) / (w @ lesions)[:, None]
-        return np.array([metrics.froc(*pair) for pair in zip(recall, w @ false / len(subjects), strict=True)])
+        return metrics.froc(recall, w @ false / len(subjects))
 
-    return *bootstrap(figure, resampled(len(subjects), seed)), len(subjects)
+    return *bootstrap(figure, resampled(len(subjects), seed), RESAMPLES), len(subjects)

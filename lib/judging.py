@@ -4,18 +4,16 @@ Each post-processing step has thresholds of its own, frozen on the healthy mater
 prepared grid, where maps are made; voxels are counted there or, if the cohort says so, on the scan's own grid.
 """
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
+from functools import cached_property
 
 import numpy as np
-from joblib import Parallel, delayed
 from scipy import ndimage
 
 from lib import metrics, postprocessing, scoring
 from lib.cohort import Cohort, PreparedSubject
+from lib.components import bounding_box, lesion_counts, lesions
 from lib.errors import CourseError
 from lib.intake import LESION_FREE
 from lib.metrics import (
@@ -32,7 +30,6 @@ from lib.preprocessing import OwnGrid
 
 LOOSE_FPR = 0.05  # share of healthy validation voxels above the second threshold
 PROMISED_ALARMS = 0.05  # share of healthy scans with more than 1 % of their voxels above the conformal threshold
-FEW = 2  # subjects, for which no process is worth its start
 PROMISED_SLICE_FPR = 0.05  # share of healthy validation slices above the slice threshold
 SQUARES_CUTOFF = 0.02  # of a slice's mean squared map, as fixed cut-offs in use have it
 SIGMAS = 2  # above the mean of the tested scan's own map
@@ -51,6 +48,12 @@ class Ground:
     voxel_mm3: float
     step: np.ndarray | None = None
     start: np.ndarray | None = None
+
+    @cached_property
+    def kinds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Whether each voxel of the brain is lesion, is not, and is healthy material: bool [voxel] each."""
+        lesion = self.lesion[self.brain]
+        return lesion, ~lesion, self.healthy[self.brain]
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def read(run: str, method: str, subject: PreparedSubject, cohort: Cohort) -> Sco
     anomaly_map, slice_scores = scoring.read_map(run, method, subject, cohort)
     brain, lesion = np.asarray(subject.brain), np.asarray(subject.lesion)
     usable = subject.lesion_free & (subject.healthy or cohort.training == LESION_FREE)
-    box = ndimage.find_objects(brain.astype(np.int8))[0]
+    box = bounding_box(brain)
     inside, seen = brain[box], brain.any(axis=(1, 2))
     if cohort.grid == "scan":
         ground = _on_own_grid(subject.own_grid(), subject.affine, box, usable)
@@ -117,59 +120,53 @@ def read(run: str, method: str, subject: PreparedSubject, cohort: Cohort) -> Sco
     )
 
 
-def tested(run: str, method: str, cohort: Cohort) -> list[Callable[[], Scored]]:
-    """The test subjects in the order of their names, each read when it is called."""
-    return [partial(read, run, method, s, cohort) for s in sorted(cohort.split("test"), key=lambda s: s.id)]
+def tested(run: str, method: str, cohort: Cohort) -> Iterator[Scored]:
+    """The test subjects in the order of their names, one in memory at a time."""
+    return (read(run, method, s, cohort) for s in sorted(cohort.split("test"), key=lambda s: s.id))
 
 
 def count(scored: Scored, code: np.ndarray) -> SubjectCounts:
     """Counts inside the brain of a map's codes."""
-    ground = scored.ground
-    lesion, healthy = ground.lesion[ground.brain], ground.healthy[ground.brain]
-    counts = metrics.count(code[ground.brain], lesion, ~lesion, healthy)
+    counts = metrics.count(code[scored.ground.brain], *scored.ground.kinds)
     return SubjectCounts(scored.subject.id, scored.subject.healthy, *counts, scored.slice_scores, scored.slice_labels)
 
 
 def freeze(run: str, method: str, cohort: Cohort, steps: Sequence[str]) -> dict[str, Frozen]:
     """The thresholds of each step, from the healthy material of validation."""
-    subjects = [partial(read, run, method, s, cohort) for s, _ in cohort.healthy_material("validation")]
-    counts, scores = zip(*_each(_healthy_counts, subjects, steps), strict=True)
-    return {step: _thresholds([of_scan[i] for of_scan in counts], scores) for i, step in enumerate(steps)}
-
-
-def judge_all(subjects: Sequence[Callable[[], Scored]], frozen: dict[str, Frozen]) -> list[dict[str, Judged]]:
-    """`judge` of every subject; a few subjects in memory at a time."""
-    return _each(judge, subjects, frozen)
+    scans = (read(run, method, s, cohort) for s, _ in cohort.healthy_material("validation"))
+    counts, scores = zip(*(_healthy_counts(scan, steps) for scan in scans), strict=True)
+    return {step: _thresholds([of_scan[step] for of_scan in counts], scores) for step in steps}
 
 
 def judge(scored: Scored, frozen: dict[str, Frozen]) -> dict[str, Judged]:
     """One subject after each step; the FROC curve is that of the map as it is."""
-    ground, scores = scored.ground, {step: scored.codes(step) for step in frozen}
+    ground, smallest = scored.ground, _voxels(SMALLEST_MM3, scored.ground)
+    truth, scores = lesions(ground.lesion), _once(scored.codes, frozen)
+    counts = _once(lambda step: count(scored, scores[step]), frozen)
     masks = {step: _detection(scores[step], ground, frozen[step].code, step) for step in frozen}
-    curve = ((scores["none"] >= c) & ground.brain for c in frozen["none"].curve)
-    found = metrics.lesion_counts(chain(masks.values(), curve), ground.lesion, _voxels(SMALLEST_MM3, ground))
-    about, judged = _about(scored) | _slices(scored, frozen["none"]), {}
-    for (step, mask), (hits, strict, false) in zip(masks.items(), found[: len(masks)], strict=True):
-        counted = count(scored, scores[step])
+    curve = lesion_counts(np.where(ground.brain, scores["none"], 0), frozen["none"].curve, truth, smallest)
+    about, judged = _about(scored, len(truth.sizes)) | _slices(scored, frozen["none"]), {}
+    for step, mask in masks.items():
+        hits, strict, false = lesion_counts(mask, [1], truth, smallest)[0]
         record = {
-            **about, **_scores(counted, frozen[step]),
+            **about, **_scores(counts[step], frozen[step]),
             **_detected(ground, mask), "lesion_lost": int((masks["none"] & ~mask & ground.lesion).sum()),
             "lesions_found": int(hits), "lesions_found_strictly": int(strict), "false_positives": int(false),
         }  # fmt: skip
-        judged[step] = Judged(counted, record, found[len(masks) :])
+        judged[step] = Judged(counts[step], record, curve)
     return judged
 
 
-def _each(call: Callable, subjects: Sequence[Callable[[], Scored]], given) -> list:
-    """A call of every subject, in processes where that is worth their start."""
-    jobs = min(os.cpu_count() or 1, max(1, len(subjects) // FEW))
-    return Parallel(n_jobs=jobs, max_nbytes=None)(delayed(call)(subject(), given) for subject in subjects)
+def _once(make: Callable, steps: Iterable[str]) -> dict:
+    """What `make` gives for each step; for one that leaves the map alone, what it gave for the map as it is."""
+    made = {step: make(step) for step in steps if step not in postprocessing.OF_DETECTIONS}
+    return {step: made[step] if step in made else made["none"] for step in steps}
 
 
-def _healthy_counts(scored: Scored, steps: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+def _healthy_counts(scored: Scored, steps: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Voxels of the healthy material by code, after each step, and its slices' scores."""
     healthy = scored.ground.healthy
-    counts = [np.bincount(scored.codes(step)[healthy], minlength=CODES) for step in steps]
+    counts = _once(lambda step: np.bincount(scored.codes(step)[healthy], minlength=CODES), steps)
     return counts, scored.slice_scores[scored.slice_healthy]
 
 
@@ -219,13 +216,13 @@ def _voxels(mm3: float, ground: Ground) -> int:
     return int(np.ceil(round(mm3 / ground.voxel_mm3, 6)))
 
 
-def _about(scored: Scored) -> dict:
+def _about(scored: Scored, number: int) -> dict:
     subject, lesion = scored.subject, scored.ground.lesion
     voxel_ml = scored.ground.voxel_mm3 / 1000
     return {
         "patient": subject.id, "healthy": subject.healthy, "site": subject.facts.get("site") or "",
         "kind": subject.facts.get("kind") or "", "lesion_ml": round(int(lesion.sum()) * voxel_ml, 3),
-        "lesions": metrics.lesion_number(lesion),
+        "lesions": number,
     }  # fmt: skip
 
 

@@ -4,12 +4,11 @@ A float16 map has at most 65 536 values, so the numbers of lesion and of other v
 voxel metric needs, exactly. Counts add over patients.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import ndimage
 
 CODES = 2**16
 PROMISED_FPR = 0.01  # share of healthy validation voxels above the frozen threshold
@@ -19,8 +18,6 @@ INTERVAL = (2.5, 97.5)  # percentiles
 PART = 2**18  # voxels counted at a time
 CHUNK = 50  # resamples held in memory at a time
 GROUPS = 512  # steps of recall that a pooled curve has in its resamples
-TOUCHING = np.ones((3, 3, 3), bool)  # 26 neighbours
-STRICT = 0.1  # share of a lesion that finds it strictly
 FROC_POINTS = (0.25, 0.5, 1, 2, 4, 8)  # false positives per volume
 
 
@@ -63,7 +60,8 @@ class SubjectCounts:
 
 def codes(anomaly_map: np.ndarray) -> np.ndarray:
     """Order-preserving integers of float16 values: uint16, larger is more anomalous; −0 is 0."""
-    bits = (anomaly_map.astype(np.float16, copy=False) + np.float16(0)).view(np.uint16)
+    bits = anomaly_map.astype(np.float16, order="C").view(np.uint16)
+    bits[bits == 0x8000] = 0
     flips = bits >> 15
     np.negative(flips, out=flips)  # every bit of a negative value; of a positive one, below, the sign
     flips |= 0x8000
@@ -164,40 +162,16 @@ def scan_score(subject: SubjectCounts) -> float:
     return float(taken[taken > 0] @ highest / wanted)
 
 
-def drop_small(mask: np.ndarray, smallest: int) -> np.ndarray:
-    """A mask without its components (26 neighbours) of fewer than `smallest` voxels."""
-    labels, _ = ndimage.label(mask, TOUCHING)
-    large = np.bincount(labels.ravel()) >= smallest
-    large[0] = False
-    return large[labels]
-
-
-def lesion_counts(masks: Iterable[np.ndarray], lesion: np.ndarray, smallest: int = 1) -> np.ndarray:
-    """For each detection mask the lesions found by one voxel, those found by a tenth of theirs, and the false
-    components, int [mask, 3].
-
-    Components have 26 neighbours; those of fewer than `smallest` voxels are no detections, and one is false where it
-    does not touch the lesions dilated by one voxel.
-    """
-    truth, _ = ndimage.label(lesion, TOUCHING)
-    near = np.flatnonzero(ndimage.binary_dilation(lesion, TOUCHING))
-    return np.array([_found_and_false(mask, truth.ravel(), near, smallest) for mask in masks])
-
-
-def lesion_number(lesion: np.ndarray) -> int:
-    """Components of a lesion mask, with 26 neighbours."""
-    return ndimage.label(lesion, TOUCHING)[1]
-
-
-def froc(recall: np.ndarray, false: np.ndarray) -> float:
+def froc(recall: np.ndarray, false: np.ndarray) -> np.ndarray:
     """Mean recall at ¼, ½, 1, 2, 4 and 8 false positives per volume, between the points of a curve linearly; the
     summary of CAMELYON16 (Ehteshami Bejnordi et al., JAMA 2017).
 
-    Points by falling threshold, [threshold]. Low thresholds melt false components into one, so a point never counts
-    fewer than the points before it; the curve starts at 0, 0.
+    Points by falling threshold, [..., threshold] → [...]. Low thresholds melt false components into one, so a point
+    never counts fewer than the points before it; the curve starts at 0, 0.
     """
-    false = np.maximum.accumulate(np.append(0, false))
-    return float(np.interp(FROC_POINTS, false, np.append(0, recall)).mean())
+    recall, false = (np.insert(one, 0, 0, axis=-1) for one in (recall, np.maximum.accumulate(false, axis=-1)))
+    curves = zip(false.reshape(-1, false.shape[-1]), recall.reshape(-1, false.shape[-1]), strict=True)
+    return np.array([np.interp(FROC_POINTS, *curve).mean() for curve in curves]).reshape(false.shape[:-1])
 
 
 def pooled_precision(subjects: Sequence[SubjectCounts], weights: np.ndarray) -> tuple[float, float, float]:
@@ -224,13 +198,16 @@ def coarse(subjects: Sequence[SubjectCounts], groups: int = GROUPS) -> tuple[np.
     return lesion, other
 
 
-def bootstrap(figure: Callable[[np.ndarray], np.ndarray], weights: np.ndarray) -> tuple[float, float, float]:
+def bootstrap(
+    figure: Callable[[np.ndarray], np.ndarray], weights: np.ndarray, chunk: int = CHUNK
+) -> tuple[float, float, float]:
     """The figure with every subject once, and the 95 % percentile interval over resampled subjects.
 
-    `figure` takes weights [resample, subject] to [resample]; the interval is NaN where no resample has a figure.
+    `figure` takes weights [resample, subject] to [resample], so many resamples at a time; the interval is NaN where no
+    resample has a figure.
     """
     value = float(figure(np.ones((1, weights.shape[1])))[0])
-    drawn = np.concatenate([figure(weights[i : i + CHUNK]) for i in range(0, len(weights), CHUNK)])
+    drawn = np.concatenate([figure(weights[i : i + chunk]) for i in range(0, len(weights), chunk)])
     drawn = drawn[np.isfinite(drawn)]
     low, high = np.percentile(drawn, INTERVAL) if len(drawn) else (np.nan, np.nan)
     return value, float(low), float(high)
@@ -246,18 +223,6 @@ def resampled(subjects: int, seed: int) -> np.ndarray:
 def _around(exact: float, figures: tuple[float, float, float]) -> tuple[float, float, float]:
     value, low, high = figures
     return exact, low + exact - value, high + exact - value
-
-
-def _found_and_false(mask: np.ndarray, truth: np.ndarray, near: np.ndarray, smallest: int) -> tuple[int, int, int]:
-    labels, _ = ndimage.label(mask, TOUCHING)
-    labels = labels.ravel()
-    large = np.bincount(labels) >= smallest
-    large[0] = False
-    kept = near[large[labels[near]]]
-    sizes = np.bincount(truth[near])[1:]  # every lesion lies within the dilated ones
-    overlap = np.bincount(truth[kept], minlength=len(sizes) + 1)[1:]
-    false = int(large.sum()) - len(np.unique(labels[kept]))
-    return int((overlap > 0).sum()), int((overlap >= np.maximum(STRICT * sizes, 1)).sum()), false
 
 
 def _above(counts: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib import evaluation, metrics
 from lib.cohort import PreparedSubject
+from lib.components import bounding_box
 from lib.models.detector import SliceDetector
 
 plt.rcParams.update({
@@ -25,6 +26,8 @@ TRUTH, FOUND = "#00b3a4", "#ff9f1c"
 MAP_COLOURS = "inferno"
 BARS = ("#00b3a4", "#9aa5b1", "#ff9f1c")
 BAND_RESAMPLES = 300
+GALLERY_COLUMNS, GALLERY_STEPS = 10, 20  # pictures in a row; colours of a scale
+GALLERY_EDGES = {"left": 0.01, "right": 0.99, "bottom": 0.01, "top": 0.95, "wspace": 0.04, "hspace": 0.3}
 
 
 def slices(images: Sequence[np.ndarray], titles: Sequence[str], *, unit: str = "", columns: int = 6, limits=(0, 1.2),
@@ -128,7 +131,7 @@ def losses(histories: Mapping[str, "object"]) -> Figure:
 
 def score_distribution(axis: Axes, subjects: Sequence[evaluation.SubjectCounts], threshold: int) -> None:
     """Scores of healthy material and of lesion voxels under one method, with its frozen threshold (a code)."""
-    values = np.array([evaluation.value_of(code) for code in range(2**15, evaluation.CODES)])
+    values = metrics.values_of(np.arange(2**15, evaluation.CODES)).astype(float)
     kept = np.isfinite(values)
     for name, label, colour in (("healthy_material", "healthy", "grey"), ("lesion", "lesion", TRUTH)):
         weights = sum(getattr(s, name) for s in subjects)[2**15 :][kept]
@@ -230,24 +233,30 @@ def against(x: Sequence[float], figures: Mapping[str, Sequence[float]], labels: 
 
 
 def gallery(places: Sequence[tuple[PreparedSubject, int]], maps: Sequence[Mapping[str, np.ndarray]]) -> Figure:
-    """A row a slice: the scan, then the heat map of every method with the truth; one colour scale a method.
+    """A few rows a slice: the scan, then the heat map of every method with the truth; one colour scale a method.
 
     `maps`: for each place the maps [slice, row, column] by method. Scales run from 0 to the highest 99.5th percentile
-    inside the brain of the slices shown.
+    inside the brain of the slices shown, in few steps, so that a page with many methods stays light.
     """
     names = list(maps[0])
-    shape = (len(places), 1 + len(names))
-    figure, axes = plt.subplots(*shape, figsize=(1.25 * shape[1], 1.45 * shape[0]), squeeze=False, layout="constrained")
-    shown = [(row, subject, number, of) for row, (subject, number), of in zip(axes, places, maps, strict=True)]
+    columns = min(GALLERY_COLUMNS, 1 + len(names))
+    rows = -(-(1 + len(names)) // columns)
+    shape, size = (len(places) * rows, columns), (0.88 * columns, 1.2 * len(places) * rows)
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, gridspec_kw=GALLERY_EDGES, layout="none")
+    shown = [(row, subject, number, of) for row, (subject, number), of in
+             zip(axes.reshape(len(places), -1), places, maps, strict=True)]  # fmt: skip
     tops = {name: max(np.percentile(of[name][i][s.brain[i]], 99.5) for _, s, i, of in shown) for name in names}
     for row, subject, number, of in shown:
-        row[0].imshow(subject.image[0, number].astype(np.float32), cmap="gray", vmin=0, vmax=1.2)
-        row[0].set_title(f"{subject.id}\nslice {number}", fontsize=7)
-        for axis, name in zip(row[1:], names, strict=True):
-            axis.imshow(of[name][number].astype(np.float32), cmap=MAP_COLOURS, vmin=0, vmax=max(tops[name], 1e-6))
-            axis.set_title(f"{name}\n0 to {tops[name]:.2g}", fontsize=7)
+        box = bounding_box(np.asarray(subject.brain))[1:]
+        row[0].imshow(subject.image[0, number][box].astype(np.float32), cmap="gray", vmin=0, vmax=1.2)
+        row[0].set_title(f"{subject.id}\nslice {number}", fontsize=6, pad=2)
+        for axis, name in zip(row[1:], names, strict=False):
+            one = of[name][number][box].astype(np.float32)
+            axis.imshow(one, cmap=plt.get_cmap(MAP_COLOURS, GALLERY_STEPS), vmin=0, vmax=max(tops[name], 1e-6))
+            axis.set_title(f"{name}\n0 to {tops[name]:.2g}", fontsize=6, pad=2)
+        for axis in row[: 1 + len(names)]:
+            outline(axis, np.asarray(subject.lesion[number])[box])
         for axis in row:
-            outline(axis, np.asarray(subject.lesion[number]))
             axis.axis("off")
     return figure
 

@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def write_maps(detector: Detector, cohort: Cohort, run: str) -> None:
     subjects = [s for split in SCORED for s in cohort.split(split)]
     for subject in bar(subjects, f"{detector.name} maps", unit="subject"):
         path = _path(run, detector.name, subject)
-        if _marks(path) != (cohort.hash, model):
+        if not _is_whole(path, (cohort.hash, model)):
             anomaly_map = detector.maps(subject)
             content = io.BytesIO()
             np.savez_compressed(
@@ -76,14 +77,16 @@ def read_map(run: str, method: str, subject: PreparedSubject, cohort: Cohort) ->
     Raises CourseError where the map is missing or damaged, or belongs to another cohort or model.
     """
     path = _path(run, method, subject)
-    again = "Run the notebook of this method again, with --overwrite."
-    if _marks(path) != (cohort.hash, _model_checksum(run, method)):
-        raise CourseError(f"{path} is missing, damaged, or of another cohort or model.", again)
     try:
         with np.load(path, allow_pickle=False) as file:
-            return file["map"], file["slice_score"]
-    except DAMAGED as error:
-        raise CourseError(f"{path} is damaged.", again) from error
+            if _marks(file) == (cohort.hash, _model_checksum(run, method)):
+                return file["map"], file["slice_score"]
+    except DAMAGED:
+        pass
+    raise CourseError(
+        f"{path} is missing, damaged, or of another cohort or model.",
+        "Run the notebook of this method again, with --overwrite.",
+    )
 
 
 def methods(run: str) -> list[str]:
@@ -141,17 +144,28 @@ def _path(run: str, method: str, subject: PreparedSubject) -> Path:
     return run_folder(run) / "maps" / method / f"{subject.id}.npz"
 
 
-def _marks(path: Path) -> tuple[str, str] | None:
-    """The cohort and the model that a map belongs to; None where there is no whole map."""
+def _marks(file) -> tuple[str, str]:
+    """The cohort and the model that an open map belongs to."""
+    return str(file["cohort"]), str(file["model"])
+
+
+def _is_whole(path: Path, marks: tuple[str, str]) -> bool:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return str(file["cohort"]), str(file["model"])
+            return _marks(file) == marks
     except DAMAGED:
-        return None
+        return False
 
 
 def _model_checksum(run: str, method: str) -> str:
+    path = run_folder(run) / "models" / f"{method}.safetensors"
     try:
-        return hashlib.sha256((run_folder(run) / "models" / f"{method}.safetensors").read_bytes()).hexdigest()[:16]
+        about = path.stat()
+        return _checksum(path, about.st_mtime_ns, about.st_size)
     except OSError:
         return ""
+
+
+@lru_cache(maxsize=1)  # for the subjects of a method
+def _checksum(path: Path, changed: int, size: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

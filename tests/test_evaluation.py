@@ -1,5 +1,6 @@
 """Judging a run from its maps: the table, its intervals, what is refused."""
 
+import os
 import shutil
 from dataclasses import replace
 from itertools import count
@@ -327,12 +328,18 @@ def test_the_same_scan_in_train_and_test_is_refused_under_any_name(judged):
         evaluation.evaluate("run", replace(prepared, subjects=tuple(marked)))
 
 
-def test_processes_judge_as_one_does(judge, monkeypatch):
-    judge(graded, patients=8)
-    alone = (lib.run_folder("run") / "results.csv").read_bytes()
-    monkeypatch.setattr(judging, "FEW", 100)
-    judge(graded, patients=8)
-    assert (lib.run_folder("run") / "results.csv").read_bytes() == alone
+def test_processes_judge_as_one_does_and_hand_on_what_is_wrong(judged, monkeypatch):
+    prepared, _ = judged
+    run = str(lib.run_folder("run"))  # the whole path: the root of a process is not that of this test
+    names = ("results.csv", "patients.csv", "froc.csv")
+    alone = [(lib.run_folder("run") / name).read_bytes() for name in names]
+    monkeypatch.setattr(evaluation, "FEW", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    evaluation.evaluate(run, prepared)
+    assert [(lib.run_folder("run") / name).read_bytes() for name in names] == alone
+    (lib.run_folder("run") / "maps" / "random" / f"{prepared.split('test')[0].id}.npz").write_bytes(b"")
+    with pytest.raises(CourseError, match=r"random.*npz is missing, damaged, .*\n.*--overwrite"):
+        evaluation.evaluate(run, prepared)
 
 
 def test_the_scan_s_own_grid_gives_the_same_figures_where_it_is_the_prepared_one(judge):

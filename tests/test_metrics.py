@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from monai.metrics import DiceMetric, compute_average_precision, compute_froc_score
-from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from lib import ROOT, datasets, metrics, volumes
@@ -170,28 +169,6 @@ def test_a_scan_s_score_is_the_mean_of_its_highest_hundredth():
     assert metrics.scan_score(subject) == pytest.approx(np.sort(values.astype(float))[-20:].mean())
 
 
-@pytest.fixture
-def two_lesions():
-    lesion = np.zeros((9, 9, 20), bool)
-    lesion[3:6, 3:6, 2:5] = lesion[3:6, 3:6, 14:17] = True
-    return lesion
-
-
-def found(mask, lesion, **options):
-    """Lesions found, and false components."""
-    any_voxel, strict, false = (int(n) for n in metrics.lesion_counts([mask], lesion, **options)[0])
-    assert strict <= any_voxel
-    return any_voxel, false
-
-
-def test_a_tenth_of_a_lesion_finds_it_strictly(two_lesions):
-    two_voxels, three_voxels = np.zeros_like(two_lesions), np.zeros_like(two_lesions)
-    two_voxels[3, 3, 2:4] = three_voxels[3, 3, 2:5] = True  # of 27
-    assert metrics.lesion_counts([two_voxels, three_voxels, two_lesions], two_lesions)[:, :2].tolist() == [
-        [1, 0], [1, 1], [2, 2],
-    ]  # fmt: skip
-
-
 def test_a_scan_s_own_threshold_is_its_mean_and_deviations():
     random = np.random.default_rng(0)
     values, truth = random.gamma(2, size=5000).astype(np.float16), random.random(5000) < 0.1
@@ -199,42 +176,6 @@ def test_a_scan_s_own_threshold_is_its_mean_and_deviations():
     subject = metrics.SubjectCounts("s", False, *counted, np.zeros(0), np.zeros(0, bool))
     limit = metrics.value_of(metrics.own_threshold(subject, 2))
     assert limit == pytest.approx(values.astype(float).mean() + 2 * values.astype(float).std(), rel=1e-3)
-
-
-def test_lesions_found_and_false_components(two_lesions):
-    half, bridge, apart = (np.zeros_like(two_lesions) for _ in range(3))
-    half[3, 3, 2] = True
-    bridge[4, 4, 1:18] = True
-    apart[0, 0, 9:11] = apart[8, 8, 9:11] = True
-    assert metrics.lesion_number(two_lesions) == 2
-    assert found(two_lesions, two_lesions) == (2, 0)
-    assert found(half, two_lesions) == (1, 0)
-    assert found(bridge, two_lesions) == (2, 0)
-    assert found(half | apart, two_lesions) == (1, 2)
-    assert found(np.zeros_like(half), two_lesions) == (0, 0)
-    assert found(apart, np.zeros_like(apart)) == (0, 2)
-
-
-def test_small_components_are_no_detections(two_lesions):
-    mask = np.zeros_like(two_lesions)
-    mask[3, 3, 2] = True
-    mask[0, 0, 8:12] = True
-    assert found(mask, two_lesions, smallest=4) == (0, 1)
-    assert found(mask, two_lesions, smallest=5) == (0, 0)
-    np.testing.assert_array_equal(metrics.drop_small(mask, 4), mask & (ndimage.uniform_filter(mask * 1.0, 3) > 0.05))
-
-
-def test_a_component_beside_a_lesion_is_neither_hit_nor_false(two_lesions):
-    beside, diagonal, away = (np.zeros_like(two_lesions) for _ in range(3))
-    beside[4, 4, 5] = diagonal[6, 6, 5] = away[4, 4, 6] = True
-    assert found(beside, two_lesions) == found(diagonal, two_lesions) == (0, 0)
-    assert found(away, two_lesions) == (0, 1)
-
-
-def test_lesions_that_touch_at_a_corner_are_one():
-    lesion = np.zeros((4, 4, 4), bool)
-    lesion[1, 1, 1] = lesion[2, 2, 2] = True
-    assert metrics.lesion_number(lesion) == 1
 
 
 @given(arrays.arrays(float, 12, elements=st.floats(0, 1)), arrays.arrays(float, 12, elements=st.floats(0, 5)))

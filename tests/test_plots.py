@@ -91,6 +91,16 @@ def test_a_gallery_has_one_scale_a_method(tmp_path):
     assert "slice" in axes[0, 0].get_title()
 
 
+def test_a_gallery_of_many_methods_goes_on_in_the_next_row(tmp_path):
+    prepared = made_cohort.write(tmp_path)
+    place = (prepared.split("test")[-1], 3)
+    maps = {f"method {i}": place[0].image[0] for i in range(14)}
+    axes = drawn(plots.gallery([place], [maps]))
+    assert len(axes) == 2 * plots.GALLERY_COLUMNS
+    assert [axis.get_title().partition("\n")[0] for axis in axes[1:15]] == list(maps)
+    assert not any(axis.images for axis in axes[15:])
+
+
 def test_bars_stand_for_the_table_and_bring_their_intervals():
     table = pd.DataFrame({"auroc": [0.7, 0.5], "auroc_low": [0.6, 0.4], "auroc_high": [0.8, 0.6], "dice": [0.1, 0.2]},
                          index=pd.MultiIndex.from_tuples([("slice", "ae"), ("scan", "ae")]))  # fmt: skip

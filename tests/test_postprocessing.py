@@ -25,6 +25,22 @@ def test_the_median_is_that_of_scipy_inside_the_brain(scan):
     )
 
 
+@pytest.mark.parametrize("edges", [(5, 5, 5), (1, 5, 5), (3, 1, 7)])
+@pytest.mark.parametrize("lowest", [None, 0.3])  # None: values of both signs; 0.3: most windows have their middle at 0
+def test_medians_of_any_window_are_those_of_scipy(scan, edges, lowest):
+    values, _, brain = scan
+    values = values if lowest is None else np.where(values > lowest, values, 0)
+    expected = ndimage.median_filter(values.astype(np.float32), edges, mode="constant") * brain
+    found = postprocessing.median(metrics.codes(values), brain, edges)
+    np.testing.assert_array_equal(found, metrics.codes(expected.astype(np.float16)))
+
+
+def test_erosion_is_that_of_scipy(scan):
+    _, _, brain = scan
+    cross = ndimage.generate_binary_structure(2, 1)[None]
+    np.testing.assert_array_equal(postprocessing.eroded(brain), ndimage.binary_erosion(brain, cross, iterations=2))
+
+
 def test_erosion_takes_two_pixels_from_every_edge_within_the_slice():
     brain = np.zeros((3, 9, 9), bool)
     brain[:, 1:8, 1:8] = True
