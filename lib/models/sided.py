@@ -6,7 +6,8 @@ averaged (Borda count; Ho et al., IEEE Transactions on Pattern Analysis and Mach
 that crosses the midline the mirror sees one side; from there its finding spreads through what network and scan hold for
 lesion (reconstruction by dilation; Vincent, IEEE Transactions on Image Processing 2, 1993). Assumed are the side on
 which lesions lie, bright in FLAIR, T2 and PD, dark in T1, and that a lesion is of one piece and somewhere unlike its
-reflection. It cannot see a lesion of the other side; what is healthy, as bright and touches a lesion joins it.
+reflection. It cannot see a lesion of the other side, and loses small scattered ones in the coarse scale; what is
+healthy, as bright and touches a lesion joins it.
 """
 
 import numpy as np
