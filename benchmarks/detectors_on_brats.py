@@ -45,15 +45,18 @@ def folds(whole: Cohort, seed: int) -> Iterator[Cohort]:
 
 
 def measured(whole: Cohort, names: list[str], seed: int) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Average precision by method and patient, and seconds of processor time by method, training and maps included."""
+    """Average precision by method and patient, and seconds of processor time by method, training and maps included.
+
+    A training that methods share is made once, and counts for the first of them.
+    """
     found, seconds = {name: {} for name in names}, dict.fromkeys(names, 0.0)
     for split in folds(whole, seed):
-        for name in names:
-            detector, started = models.create(name, whole.modalities), time.process_time()
-            with tempfile.TemporaryDirectory() as out:
+        with tempfile.TemporaryDirectory() as out:
+            for name in names:
+                detector, started = models.create(name, whole.modalities), time.process_time()
                 detector.fit(split, out=Path(out), seed=seed)
-            found[name] |= {s.id: single_scan.precision(s, detector.maps(s)) for s in split.split("test")}
-            seconds[name] += time.process_time() - started
+                found[name] |= {s.id: single_scan.precision(s, detector.maps(s)) for s in split.split("test")}
+                seconds[name] += time.process_time() - started
     return found, seconds
 
 
