@@ -74,13 +74,18 @@ class Dataset:
     notes: tuple[str, ...] = field(default=())
 
 
-def find_subjects(folder: Path, layout: str = "") -> Dataset:
-    """Recognise the subjects of a folder by its layout ("" looks for one that fits).
+def find_subjects(folder: Path, layout: str = "", healthy: Path | str = "") -> Dataset:
+    """Recognise the subjects of a folder by its layout ("" looks for one that fits), and those of one of `healthy`
+    subjects, if there is one.
 
-    Raises CourseError for a wrong path, an empty or unknown folder, an unknown layout, two files
-    for one modality, and identities that are not unique.
+    Raises CourseError for a wrong path, an empty or unknown folder, an unknown layout, two files for one modality,
+    identities that are not unique, and healthy subjects whose table calls them ill.
     """
-    folder = Path(folder)
+    found = _find(Path(folder), layout)
+    return _joined(found, _find(Path(healthy), "")) if healthy else found
+
+
+def _find(folder: Path, layout: str) -> Dataset:
     if not folder.is_dir():
         raise CourseError(f"{folder} is not a folder.", "Give the folder that holds the scans.")
     if layout and layout not in LAYOUTS:
@@ -92,11 +97,7 @@ def find_subjects(folder: Path, layout: str = "") -> Dataset:
     raise CourseError(f"No scans were recognised in {folder}.", f"Expected: {_EXPECTED}.")
 
 
-def joined(dataset: Dataset, healthy: Dataset) -> Dataset:
-    """A dataset with the subjects of another as its healthy ones.
-
-    Raises CourseError for a name that is in both, and for subjects of the other that its table calls ill.
-    """
+def _joined(dataset: Dataset, healthy: Dataset) -> Dataset:
     ill = [s.id for s in healthy.subjects if s.healthy is False]
     if ill:
         what = f"In the folder of healthy subjects, participants.tsv says that {_some(ill)} are not."

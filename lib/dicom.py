@@ -129,11 +129,6 @@ def weighting(facts: dict[str, str | float]) -> str | None:
     return "T1" if inversion or repetition < LONG_REPETITION_MS else "PD"
 
 
-def window(voxels: np.ndarray, centre: float = 40.0, width: float = 80.0) -> np.ndarray:
-    """Hounsfield units to [0, 1] within a window; that of the brain unless told."""
-    return np.clip((voxels - centre) / width + 0.5, 0, 1).astype(np.float32)
-
-
 def _is_dicom(path: Path) -> bool:
     if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
         return False

@@ -7,23 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import expit
-from scipy.stats import rankdata
+from scipy import ndimage
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from lib import metrics
 from lib.cohort import Cohort, PreparedSubject
-from lib.components import bounding_box
 from lib.training import derived_seed
 
 QUANTILES = (5, 25, 50, 75, 95)  # percentiles of the brain's voxels
 FOLDS = 5
 LEAST = 4  # subjects of each class
 STRENGTH = 0.1  # inverse of the L2 penalty: few subjects, more features
-NEWTON_STEPS = 10  # enough for the last digits, as the penalty is strong
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,12 @@ def domain_classifier(
     scores = held_out_scores(members, labels, seed)
     if scores is None:
         return None
+    table = np.stack([features(s) for s in members])
     random = np.random.default_rng(derived_seed(seed, "domain"))
     auroc, low, high = auroc_interval(scores, labels, np.arange(len(members)), seed)
-    shuffled = np.stack([labels, *(random.permutation(labels) for _ in range(permutations))])
-    drawn = aurocs(held_out_of_many(np.stack([features(s) for s in members]), shuffled, seed), shuffled)
-    return DomainClassifier(auroc, low, high, float((drawn >= drawn[0]).mean()), len(labels), int(labels.sum()))
+    shuffled = [random.permutation(labels) for _ in range(permutations)]
+    reached = sum(roc_auc_score(one, _held_out(table, one, seed)) >= auroc for one in shuffled)
+    return DomainClassifier(auroc, low, high, (1 + reached) / (1 + permutations), len(labels), int(labels.sum()))
 
 
 def held_out_scores(members: Sequence[PreparedSubject], labels: Sequence[bool], seed: int = 0) -> np.ndarray | None:
@@ -76,7 +75,7 @@ def features(subject: PreparedSubject) -> np.ndarray:
     brain = np.asarray(subject.brain)
     healthy = brain & ~np.asarray(subject.lesion)
     histogram = np.percentile(subject.image[:, healthy].astype(np.float32), QUANTILES, axis=1)
-    box = [s.stop - s.start for s in bounding_box(brain)]
+    box = [s.stop - s.start for s in ndimage.find_objects(brain.astype(np.int8))[0]]
     litres = brain.sum() * subject.voxel_mm.prod() / 1e6
     gain = np.log(subject.facts["scales"])
     return np.concatenate([histogram.ravel(), gain, [litres], box * subject.voxel_mm[::-1], subject.voxel_mm,
@@ -117,39 +116,6 @@ def _drawn(positive: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def _held_out(table: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    folds = StratifiedKFold(min(FOLDS, labels.sum(), (~labels).sum()), shuffle=True, random_state=seed)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=1000))
-    return cross_val_predict(model, table, labels, cv=_folds(labels, seed), method="decision_function")
-
-
-def held_out_of_many(table: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
-    """What scikit-learn's logistic regression says of `held_out_scores`, for labels [draw, subject] all at once by
-    Newton's method: float [draw, subject]. `table`: [subject, feature]."""
-    folds = _folds(labels[0], seed)
-    held = np.zeros((len(labels), folds.get_n_splits(), len(table)), bool)
-    for one, draw in zip(held, labels, strict=True):
-        for place, (_, out) in zip(one, folds.split(table, draw), strict=True):
-            place[out] = True
-    taught = (~held).astype(float)
-    number = taught.sum(axis=-1)[..., None]
-    mean = (taught @ table / number)[..., None, :]
-    spread = np.sqrt((taught[..., None, :] @ (table - mean) ** 2)[..., 0, :] / number)[..., None, :]
-    terms = np.concatenate([(table - mean) / np.where(spread > 1e-9, spread, 1), np.ones((*held.shape, 1))], axis=-1)
-    penalty = np.append(np.full(table.shape[1], 1 / STRENGTH), 0)
-    weights = np.zeros((*held.shape[:2], terms.shape[-1], 1))
-    for _ in range(NEWTON_STEPS):
-        chance = expit(terms @ weights)
-        slope = terms.mT @ (taught[..., None] * (chance - labels[:, None, :, None])) + penalty[:, None] * weights
-        curve = terms.mT @ (taught[..., None] * chance * (1 - chance) * terms) + np.diag(penalty)
-        weights -= np.linalg.solve(curve, slope)
-    return ((terms @ weights)[..., 0] * held).sum(axis=1)
-
-
-def aurocs(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """AUROC of each draw, ties counted half: scores and labels [draw, subject] → [draw]."""
-    sick = labels.sum(axis=1)
-    above = (rankdata(scores, axis=1) * labels).sum(axis=1) - sick * (sick + 1) / 2
-    return above / (sick * (labels.shape[1] - sick))
-
-
-def _folds(labels: np.ndarray, seed: int) -> StratifiedKFold:
-    return StratifiedKFold(min(FOLDS, labels.sum(), (~labels).sum()), shuffle=True, random_state=seed)
+    return cross_val_predict(model, table, labels, cv=folds, method="decision_function")

@@ -62,14 +62,10 @@ def gather(
     Raises CourseError that lists every problem of every scan, unless `skip_broken`, which leaves those subjects out.
     """
     check_least("seed", seed, 0)
-    if healthy_data and not data:
-        what = f"There are no patients beside the healthy subjects of {healthy_data}."
-        raise CourseError(what, "Give the folder of their scans by --data.")
+    _check_patients(data, healthy_data)
     folder = Path(data) if data else _embedded(healthy, patients, voxel_mm, seed)
     wanted = datasets.parse_modalities(modalities)
-    dataset = datasets.find_subjects(folder, layout)
-    if healthy_data:
-        dataset = datasets.joined(dataset, datasets.find_subjects(Path(healthy_data)))
+    dataset = datasets.find_subjects(folder, layout, healthy_data)
     subjects, lacking = _with_modalities(dataset.subjects, wanted, incomplete)
     facts = examine(subjects, wanted, size * pixel_mm)
     broken = {s: record["problems"] for s, record in facts.items() if record["problems"]}
@@ -89,6 +85,12 @@ def gather(
         *_missing(used, wanted),
     )
     return Gathered(used, facts, assigned, training, tuple(left_out), notes)
+
+
+def _check_patients(data: str, healthy_data: str) -> None:
+    if healthy_data and not data:
+        what = f"There are no patients beside the healthy subjects of {healthy_data}."
+        raise CourseError(what, "Give the folder of their scans by --data.")
 
 
 def examine(subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm: float) -> dict[str, dict]:

@@ -96,14 +96,14 @@ def test_bids_is_understood(tmp_path):
 def test_healthy_subjects_of_another_folder_join_and_the_gap_is_told(tmp_path):
     touch(tmp_path / "ill", "a/a_t1.nii", "a/a_seg.nii")
     touch(tmp_path / "well", "sub-01/anat/sub-01_T1w.nii.gz")
-    both = [datasets.find_subjects(tmp_path / name) for name in ("ill", "well")]
-    together = datasets.joined(*both)
+    ill, well = tmp_path / "ill", tmp_path / "well"
+    together = datasets.find_subjects(ill, "", well)
     assert {s.id: s.healthy for s in together.subjects} == {"a": None, "sub-01": True}
     assert "known to be healthy 1" in together.notes[1]
     assert together.notes[-1] == datasets.GAP
-    assert "a" in refused(datasets.joined, both[0], both[0])
-    (tmp_path / "well" / "participants.tsv").write_text("participant_id\thealthy\nsub-01\t0")
-    assert "sub-01" in refused(datasets.joined, both[0], datasets.find_subjects(tmp_path / "well"))
+    assert "a" in refused(datasets.find_subjects, ill, "", ill)
+    (well / "participants.tsv").write_text("participant_id\thealthy\nsub-01\t0")
+    assert "sub-01" in refused(datasets.find_subjects, ill, "", well)
 
 
 def test_participants_say_who_is_healthy(tmp_path):

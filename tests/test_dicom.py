@@ -247,10 +247,6 @@ def test_folders_of_series_are_a_layout(tmp_path):
     np.testing.assert_array_equal(datasets.read_scan(dataset.subjects[0].scans["FLAIR"]).voxels, MEANT)
 
 
-def test_the_window_of_the_brain(tmp_path):
-    np.testing.assert_allclose(dicom.window(np.array([-1000, 0, 40, 80, 900])), [0, 0, 0.5, 1, 1])
-
-
 def converted(folder, place):
     """What dcm2niix makes of a series, in RAS+."""
     tool = Path(sys.executable).with_name("dcm2niix")

@@ -3,11 +3,7 @@
 import made_cohort
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from lib import cohort, domain
 
@@ -85,19 +81,3 @@ def test_the_interval_holds_scikit_learn_s_figure_and_does_not_heed_the_order():
 
 def test_one_kind_alone_has_no_auroc():
     assert np.isnan(domain.auroc_interval(np.arange(4), np.ones(4, bool), np.arange(4))).all()
-
-
-def test_many_labels_at_once_are_scored_as_by_scikit_learn():
-    random = np.random.default_rng(0)
-    table = np.column_stack([random.normal(size=(24, 3)) * (1, 50, 0.01) + (0, 900, 3), np.full(24, 7.0)])
-    labels = np.stack([random.permutation(np.arange(24) < 9) for _ in range(5)])
-    found = domain.held_out_of_many(table, labels, 0)
-    exact = LogisticRegression(C=domain.STRENGTH, solver="newton-cholesky", tol=1e-12)
-    for one, scores in zip(labels, found, strict=True):
-        folds = StratifiedKFold(domain.FOLDS, shuffle=True, random_state=0)
-        expected = cross_val_predict(
-            make_pipeline(StandardScaler(), exact), table, one, cv=folds, method="decision_function"
-        )
-        np.testing.assert_allclose(scores, expected, atol=1e-9)
-    expected = [roc_auc_score(*pair) for pair in zip(labels, np.round(found, 1), strict=True)]
-    np.testing.assert_allclose(domain.aurocs(np.round(found, 1), labels), expected)
