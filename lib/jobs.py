@@ -87,9 +87,7 @@ class Jobs:
             for pipe in connection.wait(list(self._at_work), LOOK_SECONDS):
                 said = self._hear(pipe)
                 if isinstance(said, Outcome):
-                    job = self._at_work.pop(pipe)
-                    job.process.join()
-                    return job.place, said
+                    return self._ended(pipe), said
                 self._at_work[pipe].state = said
             self._show()
 
@@ -100,6 +98,13 @@ class Jobs:
             job.process.terminate()
         while self._at_work:
             yield self.next()
+
+    def _ended(self, pipe: connection.Connection) -> Place:
+        job = self._at_work.pop(pipe)
+        job.process.join()
+        if sys.stderr.isatty() and not self._quiet:
+            print("\r\033[J", end="", file=sys.stderr, flush=True)
+        return job.place
 
     def _hear(self, pipe: connection.Connection) -> State | Outcome:
         try:

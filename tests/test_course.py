@@ -378,6 +378,7 @@ def test_a_terminal_shows_cell_time_left_and_the_last_line_on_one_line(tree, mon
     shown = sys.stderr.getvalue()
     assert re.search(r"\r\x1b\[J1/1 02_dies · cell [12] of 3 · \d:\d\d · about (10:00|9:\d\d) left", shown)
     assert shown.count("\n") == 3  # the failure
+    assert "\r\x1b[J02_dies failed" in shown  # on a line of its own
 
 
 def test_list_shows_every_parameter_with_its_value_and_unit(tree, capsys):
