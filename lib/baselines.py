@@ -8,6 +8,7 @@ from scipy import ndimage
 
 from lib import metrics, postprocessing
 from lib.cohort import Cohort, PreparedSubject
+from lib.components import bounding_box
 from lib.models.detector import Detector, residual
 from lib.training import History, derived_seed
 
@@ -122,7 +123,7 @@ def mean_of_present(values: np.ndarray) -> np.ndarray:
 
 def _box(subject: PreparedSubject) -> tuple[np.ndarray, np.ndarray]:
     """Voxels of the subject for one voxel of the atlas, and where the atlas starts."""
-    box = ndimage.find_objects(subject.brain.astype(np.int8))[0]
+    box = bounding_box(subject.brain)
     edges = np.array([s.stop - s.start for s in box])
     step = edges / ATLAS_SHAPE
     return step, np.array([s.start for s in box]) + (step - 1) / 2

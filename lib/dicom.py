@@ -83,8 +83,7 @@ def find_series(folder: Path) -> list[Series]:
     headers: dict[str, list[tuple[Path, Header]]] = {}
     for path in sorted(p for p in Path(folder).iterdir() if p.is_file() and _is_dicom(p)):
         header = _header(path)
-        if header is not None:
-            headers.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
+        headers.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
     if not headers:
         raise CourseError(f"{folder} holds no DICOM image.", "Give the folder of one series.")
     found = [_series(Path(folder), images) for images in headers.values()]
@@ -146,7 +145,7 @@ def _name(path: Path) -> str:
     return f"{path.parent / short} (file {1 + sorted(path.parent.iterdir()).index(path)} there by name)"
 
 
-def _header(path: Path) -> Header | None:
+def _header(path: Path) -> Header:
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True)
     except (InvalidDicomError, OSError, EOFError, ValueError, AttributeError, NotImplementedError) as error:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -16,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from lib import metrics
 from lib.cohort import Cohort, PreparedSubject
+from lib.components import bounding_box
 from lib.training import derived_seed
 
 QUANTILES = (5, 25, 50, 75, 95)  # percentiles of the brain's voxels
@@ -75,7 +75,7 @@ def features(subject: PreparedSubject) -> np.ndarray:
     brain = np.asarray(subject.brain)
     healthy = brain & ~np.asarray(subject.lesion)
     histogram = np.percentile(subject.image[:, healthy].astype(np.float32), QUANTILES, axis=1)
-    box = [s.stop - s.start for s in ndimage.find_objects(brain.astype(np.int8))[0]]
+    box = [s.stop - s.start for s in bounding_box(brain)]
     litres = brain.sum() * subject.voxel_mm.prod() / 1e6
     gain = np.log(subject.facts["scales"])
     return np.concatenate([histogram.ravel(), gain, [litres], box * subject.voxel_mm[::-1], subject.voxel_mm,

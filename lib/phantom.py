@@ -22,6 +22,7 @@ from scipy.spatial.transform import Rotation
 from threadpoolctl import threadpool_limits
 
 from lib import volumes
+from lib.components import bounding_box
 from lib.errors import CourseError
 
 VERSION = 1  # part of the folder's name: raise it whenever the same seed gives other voxels
@@ -250,7 +251,7 @@ def _template() -> tuple[dict[str, np.ndarray], np.ndarray]:
     """
     image = datasets.load_mni152_template(resolution=1)
     mask = datasets.load_mni152_brain_mask(resolution=1).get_fdata() > 0
-    box = tuple(slice(max(s.start - 6, 0), s.stop + 6) for s in ndimage.find_objects(mask.astype(np.int8))[0])
+    box = tuple(slice(max(s.start - 6, 0), s.stop + 6) for s in bounding_box(mask))
     t1, mask = image.get_fdata(dtype=np.float32)[box], mask[box]
     origin = (image.affine[:3, 3] + [s.start for s in box]).astype(np.float32)
     x, y, z = np.indices(t1.shape, dtype=np.float32) + _column(origin)

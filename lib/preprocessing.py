@@ -8,6 +8,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.exposure import equalize_adapthist
 
+from lib.components import bounding_box
 from lib.errors import CourseError, check_choice, check_least
 from lib.volumes import Volume
 
@@ -120,7 +121,7 @@ def brain_mask(volumes: list[np.ndarray]) -> np.ndarray:
     brain = np.zeros_like(inside)
     if not inside.any():
         return brain
-    box = ndimage.find_objects(inside.astype(np.int8))[0]
+    box = bounding_box(inside)
     parts, _ = ndimage.label(inside[box])
     largest = parts == 1 + np.bincount(parts.ravel())[1:].argmax()
     outside, _ = ndimage.label(np.pad(~largest, 1, constant_values=True))
@@ -130,7 +131,7 @@ def brain_mask(volumes: list[np.ndarray]) -> np.ndarray:
 
 def extent_mm(mask: np.ndarray, volume: Volume) -> np.ndarray:
     """Edges in mm of the box around a mask, [3]."""
-    return np.array([s.stop - s.start for s in ndimage.find_objects(mask.astype(np.int8))[0]]) * volume.voxel_mm
+    return np.array([s.stop - s.start for s in bounding_box(mask)]) * volume.voxel_mm
 
 
 def clahe(image: np.ndarray) -> np.ndarray:
@@ -158,7 +159,7 @@ class _Grid:
             )
         target = np.array([recipe.pixel_mm, recipe.pixel_mm, recipe.slice_mm or volume.voxel_mm[2]])
         step = target / volume.voxel_mm
-        box = ndimage.find_objects(brain.astype(np.int8))[0]
+        box = bounding_box(brain)
         slices = int(np.ceil((box[2].stop - box[2].start) / step[2] - 1e-6))
         shape = (recipe.size, recipe.size, slices)
         centre = np.array([(s.start + s.stop - 1) / 2 for s in box])
@@ -175,7 +176,7 @@ class _Grid:
         covered = np.zeros_like(brain)
         first, last = np.clip(np.ceil(edges), 0, None).astype(int)
         covered[:, :, first:last] = brain[:, :, first:last]
-        box = ndimage.find_objects(covered.astype(np.int8))[0]
+        box = bounding_box(covered)
         affine = self.scan_affine @ nibabel.affines.from_matvec(np.eye(3), [s.start for s in box])
         turned = (np.ascontiguousarray(mask[box].transpose(2, 1, 0)) for mask in (covered, lesion & covered))
         return OwnGrid(*turned, affine)

@@ -17,6 +17,7 @@ import numpy as np
 from scipy import ndimage, optimize
 
 from lib.cohort import PreparedSubject
+from lib.components import bounding_box
 from lib.errors import check_least
 from lib.models.detector import LESION_SIGN, Detector
 from lib.volumes import write_bytes
@@ -182,7 +183,7 @@ def _cut(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _place(folder: Path) -> tuple[tuple[slice, ...], tuple[int, ...]]:
     brain = np.load(folder / "brain.npy")
-    return ndimage.find_objects(brain.astype(np.int8))[0], brain.shape
+    return bounding_box(brain), brain.shape
 
 
 class _Disagreement:

@@ -12,11 +12,11 @@ healthy, as bright and touches a lesion joins it.
 
 import numpy as np
 import torch
-from scipy import ndimage
 from scipy.stats import rankdata
 from skimage.morphology import reconstruction
 
 from lib.cohort import PreparedSubject
+from lib.components import bounding_box
 from lib.models.mirror import Mirror, smoother
 from lib.models.single import SidedMedian
 from lib.models.synthetic import SyntheticLesions
@@ -64,7 +64,7 @@ def spread(seeds: np.ndarray, level: np.ndarray, brain: np.ndarray) -> np.ndarra
     """
     volumes = np.zeros((2, *brain.shape))
     volumes[:, brain] = np.minimum(seeds, level), level
-    place = ndimage.find_objects(brain.astype(np.int8))[0]
+    place = bounding_box(brain)
     volumes[0][place] = reconstruction(*volumes[:, *place])
     return volumes[0][brain]
 
