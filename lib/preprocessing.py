@@ -8,6 +8,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.exposure import equalize_adapthist
 
+from lib.boxes import sample
 from lib.components import bounding_box
 from lib.errors import CourseError, check_choice, check_least
 from lib.volumes import Volume
@@ -193,9 +194,7 @@ class _Grid:
 
     def sample(self, voxels: np.ndarray, shift: float = 0.0) -> np.ndarray:
         """Linear interpolation after the smoothing that coarser voxels ask for, as [slice, row, column]."""
-        smooth = ndimage.gaussian_filter(voxels, np.maximum(0, (self.step - 1) / 2))
-        result = ndimage.affine_transform(smooth, self.step, self.start + shift, self.shape, order=1)
-        return np.ascontiguousarray(result.transpose(2, 1, 0))
+        return np.ascontiguousarray(sample(voxels, self.step, self.start + shift, self.shape).transpose(2, 1, 0))
 
     def sample_mask(self, mask: np.ndarray) -> np.ndarray:
         """Where at least half is mask; the shift decides for samples midway between voxels, or masks would shrink."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lib.cohort import Cohort, Slices
+from lib.cohort import Cohort
 from lib.errors import CourseError, check_least
 from lib.progress import bar
 from lib.volumes import write_bytes
@@ -77,6 +77,7 @@ class History:
 
 
 Batch = dict[str, torch.Tensor]
+Items = Sequence[dict[str, np.ndarray]]
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Loss = Callable[[Forward, Batch], torch.Tensor]
 Corrupt = Callable[[Batch, torch.Generator, str], Batch]
@@ -125,6 +126,7 @@ def derived_seed(seed: int, *names) -> int:
 def train(
     network: nn.Module, loss: Loss, cohort: Cohort, plan: Plan, *, checkpoint: Path, seed: int, device: torch.device,
     resume: bool = True, corrupt: Corrupt | None = None, each: Callable[[nn.Module], None] | None = None,
+    items: Callable[[str], Items] | None = None,
 ) -> History:  # fmt: skip
     """Train on the healthy slices of train until those of validation stop improving; the best weights are kept.
 
@@ -133,6 +135,7 @@ def train(
     random, split)` is what the loss gets instead; on validation it finds `random` in the same state every time. After
     each epoch everything that the next one depends on goes to `checkpoint`; with `resume`, one of the same cohort,
     plan, seed and network goes on where it stopped, to the same end. `each` may look at the network of every epoch.
+    `items(split)` gives what is learnt from in place of slices: whole volumes have one axis more, in front of the row.
     """
     corrupt = _corruption(corrupt, cohort)
     place(network, device)
@@ -142,7 +145,7 @@ def train(
     state = State(mean, [network, optimiser], checkpoint, signature)
     if not (resume and state.restore()):
         torch.manual_seed(derived_seed(seed, "steps"))
-    slices, watched = cohort.slices("train"), cohort.slices("validation")
+    slices, watched = map(items or cohort.slices, ("train", "validation"))
     steps = plan.steps_of(len(slices))
     with bar(
         total=plan.epochs * steps, initial=len(state.history.rows) * steps, what=checkpoint.stem, unit="step"
@@ -176,12 +179,14 @@ def _corruption(corrupt: Corrupt | None, cohort: Cohort) -> Corrupt:
 
 
 def augment(batch: Batch, random: torch.Generator) -> Batch:
-    """Flip left and right, and rotate by up to 10°, each slice by chance and image and brain alike."""
+    """Flip left and right, and rotate by up to 10° in the plane, each slice or volume by chance and image and brain
+    alike."""
     count, device = len(batch["image"]), batch["image"].device
     angle = (torch.rand(count, generator=random) * 2 - 1) * math.radians(ROTATION_DEGREES)
     mirror = (torch.rand(count, generator=random) < 0.5) * 2.0 - 1
-    cos, sin, none = angle.cos(), angle.sin(), torch.zeros(count)
-    turn = torch.stack([torch.stack([cos * mirror, -sin, none], 1), torch.stack([sin * mirror, cos, none], 1)], 1)
+    cos, sin, axes = angle.cos(), angle.sin(), batch["brain"].dim() - 1
+    turn = torch.eye(axes, axes + 1).repeat(count, 1, 1)
+    turn[:, :2, :2] = torch.stack([torch.stack([cos * mirror, -sin], 1), torch.stack([sin * mirror, cos], 1)], 1)
     grid = functional.affine_grid(turn, [count, 1, *batch["brain"].shape[1:]], align_corners=False).to(device)
     image = functional.grid_sample(batch["image"], grid, align_corners=False)
     brain = functional.grid_sample(batch["brain"][:, None].float(), grid, align_corners=False)[:, 0] > 0.5
@@ -190,20 +195,21 @@ def augment(batch: Batch, random: torch.Generator) -> Batch:
 
 def leave_out(batch: Batch, modalities: int, random: torch.Generator) -> Batch:
     """Each of so many modalities is 0 by chance, but never all that a slice has; further channels go with their own."""
-    there = present(batch["image"])[:, :modalities, 0, 0].cpu()
+    there = present(batch["image"]).flatten(1)[:, :modalities].cpu()
     kept = torch.rand(there.shape, generator=random) >= LEFT_OUT
     kept |= ~(kept & there).any(dim=1, keepdim=True)
-    channels = kept.repeat(1, batch["image"].shape[1] // modalities)[..., None, None]
-    return batch | {"image": batch["image"] * channels.to(batch["image"].device)}
+    image = batch["image"]
+    channels = kept.repeat(1, image.shape[1] // modalities).to(image.device)
+    return batch | {"image": image * channels.view(*channels.shape, *[1] * (image.dim() - 2))}
 
 
 def present(image: torch.Tensor) -> torch.Tensor:
-    """Which modalities slices [batch, modality, row, column] have, bool [batch, modality, 1, 1]: one that is missing is
-    0 everywhere."""
-    return (image != 0).any(dim=(2, 3), keepdim=True)
+    """Which modalities slices [batch, modality, row, column] or volumes have, bool [batch, modality, 1, 1] or one axis
+    more: one that is missing is 0 everywhere."""
+    return (image != 0).any(dim=tuple(range(2, image.dim())), keepdim=True)
 
 
-def _epoch(state: "State", loss: Loss, corrupt: Corrupt, slices: Slices, plan: Plan, random, device, progress) -> dict:
+def _epoch(state: "State", loss: Loss, corrupt: Corrupt, slices: Items, plan: Plan, random, device, progress) -> dict:
     epoch, steps = len(state.history.rows), plan.steps_of(len(slices))
     network, optimiser = state.others
     order = torch.randperm(len(slices), generator=random)[: steps * plan.batch_size]
@@ -236,7 +242,7 @@ def _step(optimiser: torch.optim.Optimizer, value: torch.Tensor, rate: float) ->
 
 
 @torch.inference_mode()
-def _validate(network, loss: Loss, corrupt: Corrupt, slices: Slices, plan: Plan, random, device) -> float:
+def _validate(network, loss: Loss, corrupt: Corrupt, slices: Items, plan: Plan, random, device) -> float:
     network.eval()
     forward, total = mixed_precision(network, device), 0.0
     most = plan.steps_of(len(slices)) * plan.batch_size
@@ -247,7 +253,7 @@ def _validate(network, loss: Loss, corrupt: Corrupt, slices: Slices, plan: Plan,
     return total / len(order)
 
 
-def batch_of(slices: Slices, numbers: list[int], device: torch.device) -> Batch:
+def batch_of(slices: Items, numbers: list[int], device: torch.device) -> Batch:
     """Slices by their numbers as one batch on the device."""
     items = [slices[i] for i in numbers]
     return {key: torch.from_numpy(np.stack([item[key] for item in items])).to(device) for key in ("image", "brain")}

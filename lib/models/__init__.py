@@ -13,6 +13,7 @@ DETECTORS = {
     "ae_attention": (AE, {"attention": True}),
     "vae": ("lib.models.vae:VariationalAutoencoder", {}),
     "vae_restoration": ("lib.models.vae:Restoration", {}),
+    "cae3d": ("lib.models.cae3d:VolumeAutoencoder", {}),
     "gan": ("lib.models.gan:Gan", {}),
     "anogan": ("lib.models.anogan:AnoGan", {}),
     "f_anogan": ("lib.models.f_anogan:FAnoGan", {}),

@@ -67,8 +67,8 @@ class Detector(ABC):
         write_bytes(path, save(state, {"detector": json.dumps(about)}))
 
 
-class SliceDetector(Detector):
-    """A detector that looks at one slice at a time through `self.network`."""
+class NetworkDetector(Detector):
+    """A detector that looks through `self.network`."""
 
     network: torch.nn.Module | None = None
     device = torch.device("cpu")
@@ -88,6 +88,23 @@ class SliceDetector(Detector):
     def forward(self) -> Forward:
         """The network's call, in mixed precision where that helps."""
         return mixed_precision(self.network, self.device)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {key: value.detach().cpu() for key, value in self.network.state_dict().items()}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        self.network = self.build()
+        self.network.load_state_dict(state)
+        self.to("auto")
+
+    def to(self, device: str) -> None:
+        """Move the network to a device by name; `auto` takes the best there is."""
+        self.device = choose_device(device)
+        place(self.network, self.device)
+
+
+class SliceDetector(NetworkDetector):
+    """A detector that looks at one slice at a time."""
 
     def anomaly(self, image: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
         """Anomaly of a batch, [batch, row, column], of `image` [batch, modality, row, column] and `brain` bool."""
@@ -115,25 +132,13 @@ class SliceDetector(Detector):
         image = torch.from_numpy(subject.image[:, number].astype(np.float32))[None]
         return self.reconstruct(image.to(self.device))[0].cpu().numpy() * subject.brain[number]
 
-    def state(self) -> dict[str, torch.Tensor]:
-        return {key: value.detach().cpu() for key, value in self.network.state_dict().items()}
-
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        self.network = self.build()
-        self.network.load_state_dict(state)
-        self.to("auto")
-
-    def to(self, device: str) -> None:
-        """Move the network to a device by name; `auto` takes the best there is."""
-        self.device = choose_device(device)
-        place(self.network, self.device)
-
 
 def residual(image: torch.Tensor, expected: torch.Tensor, modalities: tuple[str, ...], kind: str) -> torch.Tensor:
     """What an image has beyond the healthy one expected, mean over modalities: [batch, row, column], ≥ 0.
 
-    Both [batch, modality, row, column]. `kind` "absolute", or "signed": only the side on which lesions lie in a
-    modality (bright in FLAIR, T2 and PD, dark in T1), after Baur et al. 2021. A modality that is missing has none.
+    Both [batch, modality, row, column], or volumes with one axis more. `kind` "absolute", or "signed": only the side on
+    which lesions lie in a modality (bright in FLAIR, T2 and PD, dark in T1), after Baur et al. 2021. A modality that is
+    missing has none.
     """
     there = present(image)
     left = (image - expected) * there
