@@ -51,7 +51,7 @@ def network(channels: int, width: int, code: int) -> AutoEncoder:
     """Four halvings to the code and four doublings back, for volumes [batch, channel, slice, row, column] whose sides
     are multiples of 16; nothing bypasses the code."""
     norm = ("group", {"num_groups": GROUPS})
-    return AutoEncoder(3, channels, channels, (width, 2 * width, 4 * width, code), (2, 2, 2, 2), norm=norm, act="silu")
+    return AutoEncoder(3, channels, channels, (width, 2 * width, 4 * width, code), (2, 2, 2, 2), norm=norm, act="swish")
 
 
 class Volumes:
