@@ -95,7 +95,9 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def place(network: nn.Module, device: torch.device) -> None:
     """Move a network to a device, in the layout that is fast there: the last digits depend on it."""
-    network.to(device, memory_format=torch.contiguous_format if native_bfloat16(device) else torch.channels_last)
+    volumes = any(weight.dim() == 5 for weight in network.parameters())
+    last = torch.channels_last_3d if volumes else torch.channels_last
+    network.to(device, memory_format=torch.contiguous_format if native_bfloat16(device) else last)
 
 
 def mixed_precision(network: nn.Module, device: torch.device) -> Forward:
