@@ -34,8 +34,8 @@ class Settings:
     code: int = 64
     residual: str = "signed"
     epochs: int = 40
-    batch_size: int = 2
-    learning_rate: float = 2e-3
+    batch_size: int = 1
+    learning_rate: float = 5e-3
     patience: int = 10
 
     def __post_init__(self):
@@ -102,14 +102,19 @@ class VolumeAutoencoder(NetworkDetector):
         self.network = self.build()
         self.device = choose_device(device)
         return train(
-            self.network, self.loss, cohort, Plan(s.epochs, s.batch_size, s.learning_rate, s.patience),
+            self.network, self.loss, cohort, Plan(s.epochs, s.batch_size, s.learning_rate, s.patience, cosine=True),
             items=lambda split: Volumes(cohort, split, s), checkpoint=out / f"{self.training}.checkpoint",
             seed=derived_seed(seed, self.training, s.box, s.voxel_mm), device=self.device, resume=resume,
         )  # fmt: skip
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """Squared error over the whole cube: the background is 0 and easily learnt."""
-        return functional.mse_loss(forward(batch["image"]), batch["image"])
+        """Squared error inside the brain: where that ends is known, so no code is spent on it."""
+        inside = batch["brain"][:, None]
+        return (
+            ((forward(batch["image"]) - batch["image"]) ** 2 * inside).sum()
+            / inside.sum().clamp(min=1)
+            / len(self.modalities)
+        )
 
     def expected(self, subject: PreparedSubject) -> np.ndarray:
         """The healthy brain that the network expects, on the subject's own grid: float32 [modality, slice, row,
