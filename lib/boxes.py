@@ -8,21 +8,23 @@ from scipy import ndimage
 from lib.components import bounding_box
 
 
-def sample(voxels: np.ndarray, step: np.ndarray, start: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Linear interpolation of [i, j, k] at `start` + `step` × index, after the smoothing that coarser steps ask for."""
+def sample(voxels: np.ndarray, step: np.ndarray, start: np.ndarray, shape: tuple[int, ...], beyond="constant"):
+    """Linear interpolation of [i, j, k] at `start` + `step` × index, after the smoothing that coarser steps ask for;
+    `beyond` the voxels is 0 ("constant") or what is "nearest"."""
     smooth = ndimage.gaussian_filter(voxels, np.maximum(0, (np.asarray(step) - 1) / 2))
-    return ndimage.affine_transform(smooth, step, start, shape, order=1)
+    return ndimage.affine_transform(smooth, step, start, shape, order=1, mode=beyond)
 
 
 @dataclass(frozen=True)
 class Box:
     """`shape` voxels over a volume of `around` [slice, row, column]: the first at `start`, each `step` from the next,
-    in voxels of that volume."""
+    in voxels of that volume; `beyond` it as in `sample`."""
 
     shape: tuple[int, int, int]
     step: np.ndarray
     start: np.ndarray
     around: tuple[int, int, int]
+    beyond: str = "constant"
 
     @classmethod
     def centred(cls, brain: np.ndarray, edges_mm: np.ndarray, shape: tuple[int, int, int], voxel_mm: float) -> "Box":
@@ -36,11 +38,11 @@ class Box:
     def squeezed(cls, around: tuple[int, int, int], shape: tuple[int, int, int]) -> "Box":
         """The whole of a volume in another shape, whatever that does to its proportions."""
         step = np.array(around) / shape
-        return cls(tuple(shape), step, (step - 1) / 2, tuple(around))
+        return cls(tuple(shape), step, (step - 1) / 2, tuple(around), "nearest")
 
     def cut(self, image: np.ndarray) -> np.ndarray:
         """The volume [slice, row, column] on this grid, float32 [*shape]."""
-        return sample(np.asarray(image, np.float32), self.step, self.start, self.shape)
+        return sample(np.asarray(image, np.float32), self.step, self.start, self.shape, self.beyond)
 
     def back(self, values: np.ndarray) -> np.ndarray:
         """What stands on this grid, on the volume's own, float32 [*around]; beyond the box its nearest value."""

@@ -27,6 +27,7 @@ FEW_STEPS = {
     "anogan": QUICK_GAN | {"steps": 5, "restarts": 2},
     "f_anogan": QUICK_GAN | {"encoder_epochs": 1},
     "ganomaly": QUICK_GAN,
+    "cae3d": {"epochs": 1, "box": 32, "voxel_mm": 2.0, "width": 8, "code": 8},
     "vit_context_dropout": SMALL_VIT,
     "vit_masked": SMALL_VIT,
     "single_ae": {"epochs": 2},
