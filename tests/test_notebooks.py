@@ -26,10 +26,11 @@ METHODS |= {"ae_attention", "vae", "vae_restoration", "vit_context_dropout", "vi
 CORRUPTED = (
     "dae", "synthetic_lesions", "synthetic_restoration", "sided_ensemble", "diffusion", "diffusion_patched"
 )  # fmt: skip
-METHODS |= {*CORRUPTED, "features"}
+METHODS |= {*CORRUPTED, "features", "cae3d"}
 SHORT = """
     02.epochs=1 02.encoder_epochs=1 02.ganomaly_epochs=1 02.shown_steps=10 02.steps=1
     03.epochs=1 03.variants= 03.codes= 03.vae_epochs=1 03.restoration=false 03.clahe=false
+    04.epochs=1
     05.epochs=1 05.copy_epochs=1 05.dropouts=
     06.epochs=1 06.lesion_epochs=1 06.watched_epochs=0 06.noise_grids= 06.restoration=false 06.patched=false
     06.diffusion_epochs=1 06.encoders=
@@ -76,7 +77,7 @@ def texts(folder, name):
 def test_the_report_says_what_ran(whole):
     record = json.loads((whole / "run.json").read_text())
     assert record["status"] == "done"
-    assert [n["status"] for n in record["notebooks"].values()] == ["done"] * 7
+    assert [n["status"] for n in record["notebooks"].values()] == ["done"] * 8
     assert all(n["seconds"] > 0 and n["peak_memory_gb"] > 0 for n in record["notebooks"].values())
     page = (whole / "index.html").read_text()
     for word in ("intensity_median", "ae_dense", "embedded", "not for diagnosis", "torch"):
@@ -125,6 +126,19 @@ def test_03_trains_and_writes_models_and_maps(whole):
     assert "units are active" in said
     assert "equalised" in said
     assert {folder.name for folder in (whole / "models").glob("ae_code*")} == {"ae_code2", "ae_code16"}
+
+
+def test_04_redraws_whole_brains_and_shows_them_in_space(whole):
+    said, pictures = texts(whole, "04_cae3d")
+    assert "Trained cae3d on 4 volumes" in said
+    assert "No series was given." in said
+    assert pictures >= 6
+    page = (whole / "notebooks" / "04_cae3d.html").read_text()
+    assert "truth, ml" in page
+    assert "brainsprite" in page  # the viewer, all of it
+    rows = json.loads((whole / "models" / "cae3d.history.json").read_text())["rows"]
+    assert rows[-1]["validation"] < rows[0]["validation"]
+    assert len(list((whole / "maps" / "cae3d").iterdir())) == len(list((whole / "maps" / "ae").iterdir()))
 
 
 def test_05_copies_or_hides_and_shows_that_what_is_hidden_does_not_matter(whole):
