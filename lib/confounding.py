@@ -88,16 +88,18 @@ def simulate(per_scanner: int = 10, learners: int = 15, *, voxel_mm: float = 4.0
 
 
 def study(per_scanner: int = 10, learners: int = 15, *, modalities: str = "T1,T2,FLAIR", voxel_mm: float = 4.0,
-          seed: int = 0) -> Study:  # fmt: skip
-    """The scans of `simulate`, prepared as a cohort of its own for each of `modalities` (names joined by commas)."""
+          normalisation: str = "p99", seed: int = 0) -> Study:  # fmt: skip
+    """The scans of `simulate`, prepared as a cohort of its own for each of `modalities` (names joined by commas);
+    `normalisation` as in Recipe."""
     size = HALVINGS * math.ceil(SQUARE_MM / voxel_mm / HALVINGS)
     with joblib.parallel_config(backend="sequential"):  # for so few, workers cost more to start than they save
         folder = simulate(per_scanner, learners, voxel_mm=voxel_mm, seed=seed)
         gathered = intake.gather(
             str(folder), modalities=modalities, size=size, pixel_mm=voxel_mm, splits=str(folder / "splits.csv")
         )
+        recipe = Recipe(pixel_mm=voxel_mm, size=size, normalisation=normalisation)
         cohorts = {
-            modality: _with_acquisition(_prepared(gathered, Recipe((modality,), pixel_mm=voxel_mm, size=size)))
+            modality: _with_acquisition(_prepared(gathered, replace(recipe, modalities=(modality,))))
             for modality in datasets.parse_modalities(modalities)
         }
     return Study(plan(per_scanner, learners).set_index("participant_id"), cohorts)

@@ -149,7 +149,8 @@ def compare(
     shuffled among all and `p_within` among those of a site; `n`.
 
     `labels`, `sites`: by id; those of `labels` are used. `permuted`: the tables that have p-values, all by default.
-    NaN for what cannot be had, as without `sites`; None with fewer than 4 subjects of either label.
+    NaN for what cannot be had, as without `sites`; None with fewer than 4 subjects of either label. Raises CourseError
+    for a labelled subject without features.
     """
     plan, truth = plan or Plan(), np.array(list(labels.values()), bool)
     if _fewer(truth) < domain.LEAST:
@@ -157,7 +158,7 @@ def compare(
     places = None if sites is None else [sites[subject] for subject in labels]
     rows = {}
     for (name, table), classifier in ((item, c) for item in tables.items() for c in classifiers):
-        ask = partial(_row, table.loc[list(labels)].to_numpy(), truth, classifier, places, seed)
+        ask = partial(_row, _rows_of(name, table, labels), truth, classifier, places, seed)
         asked = permuted is None or name in permuted
         rows[name, classifier] = ask(plan if asked else replace(plan, permutations=0))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["features", "classifier"])
@@ -282,6 +283,14 @@ def _shuffled(labels: np.ndarray, groups: np.ndarray, random: np.random.Generato
     for group in np.unique(groups):
         result[groups == group] = random.permutation(labels[groups == group])
     return result
+
+
+def _rows_of(name: str, table: pd.DataFrame, labels: Mapping[str, bool]) -> np.ndarray:
+    lacking = [subject for subject in labels if subject not in table.index]
+    if lacking:
+        what = f"{len(lacking)} labelled subjects have no features of {name}, such as {lacking[0]}."
+        raise CourseError(what, "Label only subjects that every table has.")
+    return table.loc[list(labels)].to_numpy()
 
 
 def _row(table, labels, classifier: str, sites, seed: int, plan: Plan) -> dict[str, float]:

@@ -19,8 +19,8 @@ from lib.transfer import Plan
 
 QUICK = Plan(outer=3, inner=2, trials=2)
 DATA = Path(__file__).parents[2] / "shared" / "data"
-PATIENTS = ("BraTS-GLI-00000-000", "BraTS19_2013_2_1", "BraTS2021_00006", "Brats18_2013_24_1")
-HEALTHY = ("sub-52", "sub-53", "sub-54", "sub-55", "sub-56", "sub-57")
+PATIENTS = ("BraTS-GLI-00000-000", "BraTS19_2013_2_1", "BraTS19_2013_3_1", "BraTS2021_00006", "Brats18_2013_24_1")
+HEALTHY = ("sub-52", "sub-53", "sub-54", "sub-55", "sub-56", "sub-57", "sub-58", "sub-59")
 SITES = np.repeat(["a", "b", "c"], 10)
 CONFOUNDED = np.concatenate([np.arange(10) < ill for ill in (1, 9, 5)])
 
@@ -191,6 +191,7 @@ def test_too_few_of_a_label_give_no_answer():
         (lambda: transfer.held_out(np.zeros(30), half()), r"\(30,\)"),
         (lambda: transfer.held_out(noise(0) + np.where(np.arange(30) < 2, np.nan, 0)[:, None], half()), "2 of 30"),
         (lambda: transfer.held_out(noise(0), half(), "oracle"), "oracle"),
+        (lambda: transfer.compare({"T1": named(noise(0))}, by_name(half(31))), "1 labelled .* T1, such as s30"),
         (lambda: Plan(inner=1), "inner is 1"),
         (lambda: Plan(permutations=-1), "permutations is -1"),
     ],
@@ -242,6 +243,6 @@ def test_healthy_and_ill_of_two_sources_are_told_apart_without_a_look_at_any_les
         size=48,
     )
     prepared = cohort.open_cohort(cohort.prepare_cohort(gathered, Recipe(("T1",), pixel_mm=4, slice_mm=4, size=48)))
-    found = transfer.compare(transfer.by_acquisition([prepared]), domain.by_health(prepared), plan=QUICK)
+    found = transfer.compare(transfer.by_acquisition([prepared]), domain.by_health(prepared))
     assert (found.auroc > 0.9).all()
     assert set(found.n) == {len(PATIENTS) + len(HEALTHY)}
