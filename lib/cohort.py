@@ -152,6 +152,12 @@ class PreparedSubject:
         """Edges of a voxel in mm: column, row, slice."""
         return nibabel.affines.voxel_sizes(self.affine)
 
+    @property
+    def own_voxel_mm(self) -> np.ndarray:
+        """Edges of a voxel of the scan itself in mm: column, row, slice."""
+        with np.load(self.folder / "own_grid.npz", allow_pickle=False) as file:
+            return nibabel.affines.voxel_sizes(file["affine"])
+
     def own_grid(self) -> OwnGrid:
         """Brain and lesion as the scan itself has them, before any resampling."""
         with np.load(self.folder / "own_grid.npz", allow_pickle=False) as file:

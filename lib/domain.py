@@ -70,16 +70,28 @@ def held_out_scores(members: Sequence[PreparedSubject], labels: Sequence[bool], 
 
 
 def features(subject: PreparedSubject) -> np.ndarray:
-    """What a scanner leaves in a scan, float [feature]: for each modality percentiles of the brain outside the lesion
-    and the logarithm of the scale that was divided out; the brain's litres and box, the voxel's edges, the shape."""
+    """What a scanner leaves in a scan, float [feature]: `histogram`, `size` and `header`."""
+    return np.concatenate([histogram(subject), size(subject), header(subject)])
+
+
+def histogram(subject: PreparedSubject) -> np.ndarray:
+    """For each modality percentiles of the brain outside the lesion, then the logarithms of the scales that were
+    divided out: float [feature]."""
+    healthy = np.asarray(subject.brain) & ~np.asarray(subject.lesion)
+    percentiles = np.percentile(subject.image[:, healthy].astype(np.float32), QUANTILES, axis=1)
+    return np.concatenate([percentiles.ravel(), np.log(subject.facts["scales"])])
+
+
+def size(subject: PreparedSubject) -> np.ndarray:
+    """The brain's litres and the edges of its box in mm, float [4]."""
     brain = np.asarray(subject.brain)
-    healthy = brain & ~np.asarray(subject.lesion)
-    histogram = np.percentile(subject.image[:, healthy].astype(np.float32), QUANTILES, axis=1)
     box = [s.stop - s.start for s in bounding_box(brain)]
-    litres = brain.sum() * subject.voxel_mm.prod() / 1e6
-    gain = np.log(subject.facts["scales"])
-    return np.concatenate([histogram.ravel(), gain, [litres], box * subject.voxel_mm[::-1], subject.voxel_mm,
-                           brain.shape])  # fmt: skip
+    return np.array([brain.sum() * subject.voxel_mm.prod() / 1e6, *(box * subject.voxel_mm[::-1])])
+
+
+def header(subject: PreparedSubject) -> np.ndarray:
+    """The prepared voxel's edges in mm and the shape, float [6]."""
+    return np.concatenate([subject.voxel_mm, subject.brain.shape])
 
 
 def by_health(prepared: Cohort) -> dict[str, bool]:
@@ -103,6 +115,31 @@ def auroc_interval(
         return float("nan"), float("nan"), float("nan")
     weights = _drawn(sick.any(axis=1), np.random.default_rng(derived_seed(seed, "bootstrap")))
     return metrics.bootstrap(lambda w: metrics.auroc(w @ sick, w @ well), weights)
+
+
+def auroc_within(
+    scores: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int = 0
+) -> tuple[float, float, float]:
+    """AUROC of pairs of one group: the mean of the groups' AUROCs, weighted by their pairs, and its 95 % interval over
+    resampled subjects, positives drawn apart from the others. `scores` is in a unit of each group's own.
+
+    `scores`, `labels` (bool), `groups`: [subject]. NaN where no group has both.
+    """
+    labels = np.asarray(labels, bool)
+    same = np.equal.outer(groups[labels], groups[~labels]).astype(float)
+    won = same * pairs_won(scores, labels)
+
+    def figure(weights: np.ndarray) -> np.ndarray:
+        sick, well = weights[:, labels], weights[:, ~labels]
+        pairs = (sick @ same * well).sum(axis=1)
+        return np.divide((sick @ won * well).sum(axis=1), pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+
+    return metrics.bootstrap(figure, _drawn(labels, np.random.default_rng(derived_seed(seed, "bootstrap"))))
+
+
+def pairs_won(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """1 where a positive has the higher score, ½ for a tie, else 0: [positive, negative]; its mean is the AUROC."""
+    return (1 + np.sign(np.subtract.outer(scores[labels], scores[~labels]))) / 2
 
 
 def _drawn(positive: np.ndarray, random: np.random.Generator) -> np.ndarray:

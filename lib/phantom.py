@@ -175,15 +175,26 @@ def write_cohort(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write a cohort in a BraTS-like layout and return its folder.
+    """Write the cohort of `plan` as `write_subjects` does, and return its folder."""
+    return write_subjects(folder, plan(healthy, patients, seed), voxel_mm=voxel_mm, seed=seed, progress=progress)
 
-    `sub-001/sub-001_flair.nii.gz`, `_t1`, `_t2` and, in patients, `_seg`; `participants.tsv` (participant_id,
-    healthy, site, kind) comes last, so its presence says that the cohort is whole. Subjects whose files are
-    there are not made again. `progress(done, total)` is called in this process after each subject.
+
+def write_subjects(
+    folder: Path,
+    table: pd.DataFrame,
+    *,
+    voxel_mm: float = 2.0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write the subjects of a table such as `plan` gives in a BraTS-like layout and return their folder.
+
+    `sub-001/sub-001_flair.nii.gz`, `_t1`, `_t2` and, in patients, `_seg`; `participants.tsv` (the table without
+    `index`) comes last, so its presence says that the cohort is whole. Subjects whose files are there are not made
+    again. `progress(done, total)` is called in this process after each subject.
     Raises CourseError where the folder cannot be written or holds another cohort.
     """
     folder = Path(folder)
-    table = plan(healthy, patients, seed)
     listing = table.drop(columns="index").to_csv(sep="\t", index=False, lineterminator="\n").encode()
     _check_folder(folder, listing)
     rows = table.set_index("index").itertuples()

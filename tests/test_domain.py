@@ -64,6 +64,14 @@ def test_the_lesion_itself_cannot_be_what_is_found(prepared):
     np.testing.assert_array_equal(domain.features(subject), before)
 
 
+def test_features_are_histogram_size_and_header(prepared):
+    subject = prepared.subjects[0]
+    parts = [part(subject) for part in (domain.histogram, domain.size, domain.header)]
+    assert [len(part) for part in parts] == [len(domain.QUANTILES) + 1, 4, 6]
+    np.testing.assert_array_equal(np.concatenate(parts), domain.features(subject))
+    assert parts[1][0] == pytest.approx(subject.brain.sum() * 8 / 1e6)
+
+
 def test_labels_by_health(prepared):
     assert sum(domain.by_health(prepared).values()) == 12
 
@@ -81,3 +89,21 @@ def test_the_interval_holds_scikit_learn_s_figure_and_does_not_heed_the_order():
 
 def test_one_kind_alone_has_no_auroc():
     assert np.isnan(domain.auroc_interval(np.arange(4), np.ones(4, bool), np.arange(4))).all()
+
+
+def test_pairs_of_one_group_count_whatever_the_units_of_the_others():
+    random = np.random.default_rng(0)
+    labels, groups = random.random(60) < 0.4, random.integers(0, 3, 60)
+    scores = np.round(random.normal(labels, 1), 1)
+    value, low, high = domain.auroc_within(scores, labels, groups)
+    inside = [groups == group for group in range(3)]
+    pairs = [labels[one].sum() * (~labels[one]).sum() for one in inside]
+    assert value == pytest.approx(np.average([roc_auc_score(labels[o], scores[o]) for o in inside], weights=pairs))
+    assert low < value < high
+    assert domain.auroc_within(np.exp(scores) + 9 * groups, labels, groups) == (value, low, high)
+    assert domain.auroc_within(scores, labels, np.zeros(60))[0] == pytest.approx(roc_auc_score(labels, scores))
+
+
+def test_groups_of_one_kind_each_have_no_auroc():
+    labels = np.arange(8) < 4
+    assert np.isnan(domain.auroc_within(np.arange(8), labels, labels)).all()
