@@ -163,7 +163,6 @@ def test_facts_are_kept_and_nothing_that_names_a_person(tmp_path):
     assert found.facts == {
         "modality": "MR", "repetition_ms": 9000.0, "echo_ms": 120.0, "inversion_ms": 2500.0, "tesla": 3.0
     }  # fmt: skip
-    assert "4 slices over 8 mm" in found.notes[-1]
     assert not [word for word in [*secret.values(), "1.2.3"] if word in str((found.facts, found.notes))]
 
 
@@ -215,7 +214,7 @@ BROKEN = {
     "another size": (smaller, "differs in size"),
     "another orientation": (turned, "differs in orientation"),
     "no image": (without_image, "holds no image"),
-    "colour": (coloured, "is in colour (RGB)"),
+    "colour": (coloured, "is in colour"),
     "too few pixels": (short, "cannot be decoded"),
 }
 
