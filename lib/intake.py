@@ -387,6 +387,11 @@ def _notes(subjects, facts, splits, training, left_out) -> Iterator[str]:
         yield f"Left out: {one['subject']}. {one['why']}"
 
 
+def _span(values) -> str:
+    least, most = f"{min(values):.0f}", f"{max(values):.0f}"
+    return least if least == most else f"{least} to {most}"
+
+
 def _series_notes(scans: Mapping[str, tuple[dict, str]]) -> Iterator[str]:
     """What was found and done in reading; `scans`: the subject's record and the modality, by the scan's name."""
     series = {name: tuple(record["series"][m]) for name, (record, m) in scans.items() if m in record["series"]}
@@ -394,8 +399,8 @@ def _series_notes(scans: Mapping[str, tuple[dict, str]]) -> Iterator[str]:
         slices, lengths = zip(*series.values(), strict=True)
         shortest = min(series, key=lambda name: series[name][1])
         yield (
-            f"{len(series)} DICOM series of {min(slices)} to {max(slices)} slices over {min(lengths):.0f} to "
-            f"{max(lengths):.0f} mm, the shortest {shortest}; whether more were scanned cannot be seen."
+            f"{len(series)} DICOM series of {_span(slices)} slices over {_span(lengths)} mm, the shortest {shortest}; "
+            "whether more were scanned cannot be seen."
         )
     said: dict[str, list[str]] = {}
     for name, (record, m) in scans.items():
