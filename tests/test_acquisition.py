@@ -37,7 +37,7 @@ def test_a_sidecar_says_what_it_was_given():
 @pytest.mark.parametrize(
     ("said", "vendor"),
     [
-        ("SIEMENS", "Siemens"), ("Siemens Healthineers", "Siemens"), ("GE", "GE"), ("Philips Medical Systems", "Philips"),
+        ("SIEMENS", "Siemens"), ("Siemens Healthineers", "Siemens"), ("GE", "GE"), ("Philips Healthcare", "Philips"),
         ("TOSHIBA_MEC", "Canon"), ("CANON_MEC", "Canon"), ("UIH", "United Imaging"), ("Hitachi, Ltd.", "Hitachi"),
         ("FUJIFILM Corporation", "Fujifilm"), ("Bruker BioSpin MRI GmbH", "Bruker"), ("George Doe", None),
         ("Siemensstrasse 4", None), ("", None), (None, None), (["GE"], "GE"),
