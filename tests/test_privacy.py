@@ -26,7 +26,6 @@ from lib.preprocessing import Recipe
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data"
-CODES = ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le")
 FAMILIES = ("Qzvorn", "Wujkowic", "Xyphos", "Bzhezin", "Kvetlof")
 TEXTS = {
     "PatientName": "{0}^Jan{0}",
@@ -184,16 +183,21 @@ def contents(path):
         yield gzip.decompress(raw)
 
 
+def readable(path):
+    """The runs of 5 and more letters in a file, in small ones: as they stand, and as letters of two or four bytes."""
+    blobs = (blob for packed in contents(path) for blob in (packed, packed.replace(b"\0", b"")))
+    return b"\n".join(run for blob in blobs for run in re.findall(rb"[ -~]{5,}", blob)).lower()
+
+
 def found(folder, values, least=1):
-    """Which of the values stand in a file or a name below a folder, with the file's name, in any of CODES."""
-    codes = {value: [value.casefold().encode(code) for code in CODES] for value in values}
+    """Which of the values (5 letters or more) stand in a file or a name below a folder, with the file's name."""
+    assert min(map(len, values)) >= 5
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) >= least
     for path in files:
-        blobs = [blob.lower() for blob in contents(path)] + [str(path.relative_to(folder)).casefold().encode()]
-        for value, words in codes.items():
-            if any(word in blob for word in words for blob in blobs):
-                yield value, path.relative_to(folder).as_posix()
+        name = path.relative_to(folder).as_posix()
+        text = readable(path) + b"\n" + name.casefold().encode()
+        yield from ((value, name) for value in values if value.casefold().encode() in text)
 
 
 def test_what_is_looked_for_would_be_found(tmp_path):
@@ -201,7 +205,8 @@ def test_what_is_looked_for_would_be_found(tmp_path):
     (tmp_path / "b.gz").write_bytes(gzip.compress(b"of SecretName"))
     (tmp_path / "secretname.txt").touch()
     (tmp_path / "c.json").write_text(json.dumps("nothing"))
-    assert {file for _, file in found(tmp_path, {"secretname"})} == {"a.npz", "b.gz", "secretname.txt"}
+    (tmp_path / "d").write_bytes(b"\xff\xfe" + "of SecretName".encode("utf-16-le"))
+    assert {file for _, file in found(tmp_path, {"secretname"})} == {"a.npz", "b.gz", "d", "secretname.txt"}
 
 
 @pytest.fixture(scope="module")
