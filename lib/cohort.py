@@ -16,14 +16,14 @@ import scipy
 from joblib import Parallel, delayed
 from scipy import ndimage
 
-from lib import ROOT, run_folder, volumes
+from lib import ROOT, dicom, privacy, run_folder, volumes
 from lib.datasets import Subject, read_scan
 from lib.errors import CourseError, check_choice
 from lib.intake import LESION_FREE, Gathered, examine, is_healthy
 from lib.preprocessing import OwnGrid, Recipe, prepare
 from lib.progress import bar
 
-FORMAT = 4  # of a subject's folder and all that is kept in it: raise it when one of them comes out differently
+FORMAT = 5  # of a subject's folder and all that is kept in it: raise it when one of them comes out differently
 LEAST_BRAIN = 0.05  # of a slice's square; emptier slices teach nothing
 GUARD = 2  # slices between a lesion and a slice that counts as lesion-free
 GRIDS = ("prepared", "scan")
@@ -56,7 +56,8 @@ def prepare_scan(scans: Mapping[str, Path], recipe: Recipe) -> "PreparedSubject"
     `scans`: the file of each of the recipe's modalities. Kept in `data/prepared/scans`; raises CourseError that lists
     what the examination finds wrong with the files.
     """
-    name = Path(scans[recipe.modalities[0]]).name.partition(".nii")[0]
+    first = Path(scans[recipe.modalities[0]])
+    name = "scan" if privacy.leads(first.name, dicom.patient(first)) else first.name.partition(".nii")[0]
     subject = Subject(name, {m: Path(scans[m]) for m in recipe.modalities})
     record = examine((subject,), recipe.modalities, recipe.size * recipe.pixel_mm)[name]
     if record["problems"]:
@@ -68,6 +69,7 @@ def prepare_scan(scans: Mapping[str, Path], recipe: Recipe) -> "PreparedSubject"
         _prepare_subject(subject, recipe, folder)
     facts = json.loads((folder / name / "facts.json").read_bytes())
     about = {"id": name, "split": "", "healthy": False, "modality": "+".join(recipe.modalities)}
+    about["acquisition"] = record["acquisition"]
     return PreparedSubject.load(folder / name, about | facts)
 
 
@@ -261,6 +263,7 @@ def _identity(gathered: Gathered, recipe: Recipe) -> str:
             s.site,
             s.kind,
             gathered.facts[s.id]["identity"],
+            _acquisition(gathered.facts[s.id], s, recipe),
         ]
         for s in gathered.subjects
     ]
@@ -304,6 +307,10 @@ def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path) -> None:
             raise
 
 
+def _acquisition(found: dict, subject: Subject, recipe: Recipe) -> dict[str, dict]:
+    return {m: found["acquisition"].get(m, {}) for m in subject.having(recipe.modalities)}
+
+
 def _manifest(identity: str, gathered: Gathered, recipe: Recipe, folder: Path) -> dict:
     subjects = []
     for s in gathered.subjects:
@@ -316,6 +323,7 @@ def _manifest(identity: str, gathered: Gathered, recipe: Recipe, folder: Path) -
                 "site": s.site,
                 "kind": s.kind,
                 "checksums": found["checksums"],
+                "acquisition": _acquisition(found, s, recipe),
                 "missing": [m for m in recipe.modalities if m not in s.scans],
                 "lesion_ml": found["lesion_ml"],
                 "brain_litres": found["brain_litres"],

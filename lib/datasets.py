@@ -6,11 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 
-from lib import dicom, volumes
+from lib import acquisition as acquired
+from lib import dicom, privacy, volumes
 from lib.errors import CourseError
 from lib.volumes import SUFFIXES, Volume
 
@@ -35,6 +38,7 @@ _BRATS_ENDINGS = {
     "t2w": "T2",
     "seg": "lesion",
     "segm": "lesion",
+    "ct": "CT",
 }
 _BRATS_NAME = re.compile(rf".*[_-]({'|'.join(_BRATS_ENDINGS)})\.nii(\.gz)?", re.IGNORECASE)
 _BIDS_ENDINGS = {"FLAIR": "FLAIR", "T1w": "T1", "T2w": "T2", "PDw": "PD"}
@@ -43,6 +47,12 @@ _BIDS_NAME = re.compile(
     rf"_(?:(?P<scan>{'|'.join(_BIDS_ENDINGS)})|\w*(?:mask|roi))\.nii(\.gz)?"
 )
 _DICOM_FOLDERS = {name.lower(): name for name in MODALITIES} | {"t1w": "T1", "t1wce": "T1ce", "t2w": "T2"}
+_MASK_NAME = re.compile(r"(.*[_-])?(segm?|mask|lesion|roi)\.nii(\.gz)?", re.IGNORECASE)
+_RSNA_FOLDERS, _RSNA_LABELS = ("FLAIR", "T1w", "T1wCE", "T2w"), "train_labels.csv"
+MGMT = (
+    f"The label in {_RSNA_LABELS} is the methylation of a tumour's MGMT promoter, not health: every subject has a "
+    "tumour, and the label is not used."
+)
 _EXPECTED = (
     "a folder a subject, its files ending in _flair, _t1, _t1ce, _t2 and _seg (.nii or .nii.gz), BIDS, or a folder a "
     "DICOM series"
@@ -51,7 +61,8 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class Subject:
-    """One person's scans. `healthy` is None where it is not known."""
+    """One person's scans. `healthy` is None where it is not known; `hidden`: names of folders and files that lead to
+    the person, never to be written."""
 
     id: str
     scans: Mapping[str, Path]
@@ -59,19 +70,26 @@ class Subject:
     healthy: bool | None = None
     site: str | None = None
     kind: str | None = None
+    hidden: frozenset[str] = frozenset()
 
     def having(self, modalities: Sequence[str]) -> tuple[str, ...]:
         """Those of some modalities that it has, in their order."""
         return tuple(m for m in modalities if m in self.scans)
 
+    def hiding(self, text: str) -> str:
+        """A text as it may be written."""
+        return privacy.without(text, self.hidden)
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder as it was understood; `notes` are sentences for people."""
+    """A folder as it was understood; `notes` are sentences for people; `called`: the ids of subjects whose folders'
+    names lead to a person, by those names."""
 
     layout: str
     subjects: tuple[Subject, ...]
     notes: tuple[str, ...] = field(default=())
+    called: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def find_subjects(folder: Path, layout: str = "", healthy: Path | str = "") -> Dataset:
@@ -82,7 +100,7 @@ def find_subjects(folder: Path, layout: str = "", healthy: Path | str = "") -> D
     identities that are not unique, and healthy subjects whose table calls them ill.
     """
     found = _find(Path(folder), layout)
-    return _joined(found, _find(Path(healthy), "")) if healthy else found
+    return _called(_joined(found, _find(Path(healthy), "")) if healthy else found)
 
 
 def _find(folder: Path, layout: str) -> Dataset:
@@ -92,19 +110,44 @@ def _find(folder: Path, layout: str) -> Dataset:
         raise CourseError(f"Layout {layout!r} is not known.", f"Layouts are: {', '.join(LAYOUTS)}.")
     for name in [layout] if layout else LAYOUTS:
         subjects, notes = LAYOUTS[name](folder)
-        if subjects:
+        if any(s.scans for s in subjects):
             return _described(name, _with_participants(folder, _unique(subjects)), notes)
     raise CourseError(f"No scans were recognised in {folder}.", f"Expected: {_EXPECTED}.")
 
 
 def _joined(dataset: Dataset, healthy: Dataset) -> Dataset:
-    ill = [s.id for s in healthy.subjects if s.healthy is False]
+    ill = [s.hiding(s.id) for s in healthy.subjects if s.healthy is False]
     if ill:
         what = f"In the folder of healthy subjects, participants.tsv says that {_some(ill)} are not."
         raise CourseError(what, "Leave them out.")
     added = _described(healthy.layout, [replace(s, healthy=True) for s in healthy.subjects], list(healthy.notes[1:]))
     subjects = _unique([*dataset.subjects, *added.subjects])
     return Dataset(dataset.layout, tuple(subjects), (*dataset.notes, *added.notes, GAP))
+
+
+def _called(dataset: Dataset) -> Dataset:
+    """Subjects named by what leads to a person are called subject-001, …, in the order of their names."""
+    taken = {s.id for s in dataset.subjects}
+    free = (name for n in count(1) if (name := f"subject-{n:03d}") not in taken)
+    called = dict(zip(sorted(s.id for s in dataset.subjects if s.id in s.hidden), free, strict=False))
+    if not called:
+        return dataset
+    subjects = sorted((replace(s, id=called.get(s.id, s.id)) for s in dataset.subjects), key=lambda s: s.id)
+    first, last = min(called.values()), max(called.values())
+    note = (
+        f"{len(called)} folders bear a patient's name or number or a unique identifier: in the order of their names "
+        f"they are called {first} to {last}."
+    )
+    return replace(dataset, subjects=tuple(subjects), notes=(*dataset.notes, note), called=called)
+
+
+def acquisition(path: Path) -> dict[str, str | float]:
+    """What the scanner did for a scan, by the names in `dicom.FACTS`: from the headers of a DICOM folder, or the BIDS
+    sidecar beside a NIfTI file (`X.nii.gz`, `X.json`); {} without one. CourseError for a damaged one."""
+    if dicom.is_series(path):
+        return dicom.facts(path)
+    beside = acquired.sidecar(Path(path))
+    return acquired.of_sidecar(beside) if beside.exists() else {}
 
 
 def read_scan(path: Path, **options) -> Volume:
@@ -147,8 +190,8 @@ def split(loads: Mapping[str, float], shares=PATIENT_SHARES, seed: int = 0) -> d
     return {subject: name for subject, (_, name) in zip(ordered, places, strict=True)}
 
 
-def read_splits(path: Path, subjects: set[str]) -> dict[str, str]:
-    """Splits from a CSV file with the columns `subject,split`.
+def read_splits(path: Path, subjects: set[str], called: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Splits from a CSV file with the columns `subject,split`; `called`: as in Dataset.
 
     Raises CourseError for an unreadable file, a missing column, a subject that is in two splits or
     not in the data, and a split that is not train, validation or test.
@@ -157,6 +200,7 @@ def read_splits(path: Path, subjects: set[str]) -> dict[str, str]:
     result: dict[str, str] = {}
     for row in rows:
         subject, name = row["subject"].strip(), row["split"].strip()
+        subject = (called or {}).get(subject, subject)
         if result.get(subject, name) != name:
             raise CourseError(
                 f"{path} puts {subject} in two splits: {result[subject]} and {name}.", "Keep one of them."
@@ -208,14 +252,59 @@ def _bids_what(match: re.Match) -> str | None:
 def _dicom(folder: Path) -> tuple[list[Subject], list[str]]:
     """A folder a series, as in ID/FLAIR or ID/any name; the modality is that name, or what the scanner's times make."""
 
-    def meaning(path: Path):
-        what = _DICOM_FOLDERS.get(path.name.lower()) or dicom.weighting(dicom.find_series(path)[0].facts)
-        below = path.relative_to(folder).parts
-        named = below[-2] if path.name.lower() in _DICOM_FOLDERS and len(below) > 1 else "".join(below[:1])
-        return what and (folder / named if named else Path(os.path.abspath(folder)), what)
+    def owner(place: Path) -> Path:
+        below = place.relative_to(folder).parts
+        named = below[-2:-1] if place.name.lower() in _DICOM_FOLDERS else below[:1]
+        return folder / named[0] if named else Path(os.path.abspath(folder))
 
-    places = sorted({path.parent for path in _files(folder)})
-    return _grouped(folder, [place for place in places if dicom.is_series(place)], meaning)
+    def modality(place: Path) -> str | None:
+        return _DICOM_FOLDERS.get(place.name.lower()) or dicom.weighting(dicom.facts(place))
+
+    files = _files(folder)
+    places = [place for place in sorted({path.parent for path in files}) if dicom.is_series(place)]
+    known = frozenset().union(*map(dicom.patient, places))
+    shown = partial(privacy.shown, known=known)
+    subjects, notes = _of_series(folder, files, {place: owner(place) for place in places}, modality, shown)
+    return [replace(s, hidden=_hidden(s)) for s in subjects], notes
+
+
+def _rsna_miccai(folder: Path) -> tuple[list[Subject], list[str]]:
+    """RSNA-MICCAI 2021: train/00000/FLAIR/*.dcm and `train_labels.csv`; the numbers are the challenge's own."""
+    if not any((place / _RSNA_LABELS).is_file() for place in (folder, Path(os.path.abspath(folder)).parent)):
+        return [], []
+    files = _files(folder)
+    places = sorted({path.parent for path in files if path.parent.name in _RSNA_FOLDERS})
+    owners = {p: p.parent for p in places if re.fullmatch(r"\d{5}", p.parent.name) and dicom.is_series(p)}
+    subjects, notes = _of_series(folder, files, owners, lambda place: _DICOM_FOLDERS[place.name.lower()])
+    return [replace(s, healthy=False) for s in subjects], [*notes, MGMT]
+
+
+def _of_series(
+    folder: Path,
+    files: list[Path],
+    owners: Mapping[Path, Path],
+    modality: Callable[[Path], str | None],
+    shown: Callable[[Path], str] = str,
+) -> tuple[list[Subject], list[str]]:
+    """Subjects from the folders of series and whose they are; masks are NIfTI files below a subject's folder."""
+    by_name = {owner.name: owner for owner in owners.values()}
+
+    def meaning(path: Path):
+        if path in owners:
+            what = modality(path)
+            return what and (owners[path], what)
+        above = [by_name[part] for part in path.parent.parts if part in by_name]
+        return (above[-1], "lesion") if above and _MASK_NAME.fullmatch(path.name) else None
+
+    scans = [path for path in files if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")]
+    return _grouped(folder, [*owners, *scans], meaning, shown)
+
+
+def _hidden(subject: Subject) -> frozenset[str]:
+    known = frozenset().union(*(dicom.patient(path) for path in subject.scans.values()))
+    paths = [*subject.scans.values(), *filter(None, [subject.lesion_mask])]
+    names = {subject.id, *(part for path in paths for part in path.parts)}
+    return frozenset(name for name in names if privacy.leads(name, known))
 
 
 def _scans(folder: Path) -> list[Path]:
@@ -223,19 +312,24 @@ def _scans(folder: Path) -> list[Path]:
 
 
 def _grouped(
-    folder: Path, files: list[Path], meaning: Callable[[Path], tuple[Path, str] | None]
+    folder: Path,
+    files: list[Path],
+    meaning: Callable[[Path], tuple[Path, str] | None],
+    shown: Callable[[Path], str] = str,
 ) -> tuple[list[Subject], list[str]]:
-    """Subjects from what each scan means: a path that ends in the subject's name, and a modality or "lesion"."""
+    """Subjects from what each scan means: a path that ends in the subject's name, and a modality or "lesion";
+    `shown`: a path for people."""
     by_subject: dict[Path, dict[str, Path]] = {}
     odd = []
     for path in files:
         known = meaning(path)
         if not known:
-            odd.append(path.relative_to(folder).as_posix())
+            odd.append("/".join(Path(shown(path)).parts[len(folder.parts) :]))
             continue
         found = by_subject.setdefault(known[0], {})
         if known[1] in found:
-            raise CourseError(f"{found[known[1]]} and {path.name} both claim to be {known[1]}.", "Keep one of them.")
+            both = f"{shown(found[known[1]])} and {Path(shown(path)).name}"
+            raise CourseError(f"{both} both claim to be {known[1]}.", "Keep one of them.")
         found[known[1]] = path
     subjects = [
         Subject(place.name, {m: p for m, p in found.items() if m != "lesion"}, found.get("lesion"))
@@ -260,12 +354,12 @@ def _odd_folders(place: str, below: list[str]) -> list[str]:
     return [name for name in below if _BRATS_NAME.fullmatch(name)]
 
 
-LAYOUTS = {"bids": _bids, "brats": _brats, "dicom": _dicom}
+LAYOUTS = {"bids": _bids, "brats": _brats, "rsna_miccai": _rsna_miccai, "dicom": _dicom}
 
 
 def _unique(subjects: list[Subject]) -> list[Subject]:
-    count = Counter(s.id.lower() for s in subjects)
-    twice = sorted(s.id for s in subjects if count[s.id.lower()] > 1)
+    times = Counter(s.id.lower() for s in subjects)
+    twice = sorted(s.hiding(s.id) for s in subjects if times[s.id.lower()] > 1)
     if twice:
         raise CourseError(f"Folders share a subject's name, or differ in case only: {_some(twice)}.", "Rename them.")
     return sorted(subjects, key=lambda s: s.id)
@@ -280,19 +374,15 @@ def _with_participants(folder: Path, subjects: list[Subject]) -> tuple[Subject, 
     rows = {row["participant_id"]: row for row in listed}
     if len(rows) < len(listed):
         twice = Counter(row["participant_id"] for row in listed).most_common(1)[0][0]
-        raise CourseError(f"{path} has more than one row for {twice}.", "Keep one of them.")
-    return tuple(
-        Subject(
-            s.id,
-            s.scans,
-            s.lesion_mask,
-            _healthy(path, row.get("healthy")),
-            row.get("site") or None,
-            row.get("kind") or None,
-        )
-        for s in subjects
-        for row in [rows.get(s.id, {})]
-    )
+        said = privacy.without(twice, frozenset().union(*(s.hidden for s in subjects)))
+        raise CourseError(f"{path} has more than one row for {said}.", "Keep one of them.")
+    return tuple(_told(path, s, rows[s.id]) if s.id in rows else s for s in subjects)
+
+
+def _told(path: Path, subject: Subject, row: dict[str, str]) -> Subject:
+    stated = _healthy(path, row.get("healthy"))
+    healthy = subject.healthy if stated is None else stated
+    return replace(subject, healthy=healthy, site=row.get("site") or None, kind=row.get("kind") or None)
 
 
 def _healthy(path: Path, word: str | None) -> bool | None:

@@ -1,13 +1,14 @@
 """DICOM series to volumes: which images belong together, where each lies, and what the scanner says it did.
 
 After DICOM PS3.3: C.7.6.2 (image plane), C.7.6.16 (functional groups of enhanced images), C.11.1 (modality LUT). Of a
-header, nothing that names a person, place or day is kept: what `FACTS` does not list is not looked at again.
+header, nothing that names a person, place or day is kept or said: of `FACTS` what `acquisition` knows, and the grid.
 """
 
-import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pydicom
 from pydicom.dataset import Dataset as Header
 from pydicom.errors import InvalidDicomError
 
+from lib import acquisition, privacy
 from lib.errors import CourseError
 from lib.volumes import AGAIN, Volume, check_voxels
 
@@ -27,12 +29,23 @@ FACTS = {
     "InversionTime": "inversion_ms",
     "SliceThickness": "thickness_mm",
 }
-_UID = re.compile(r"\d+(\.\d+){4,}")
 SAME_MM = 0.01  # positions closer than this are one
 EVEN = 0.02  # share of a gap by which gaps may differ from the usual one
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 LONG_ECHO_MS, LONG_REPETITION_MS, FLUID_NULLED_MS = 60, 1500, 1500
 SUFFIXES = (".dcm", ".ima", ".dicom")
+UNREADABLE = (
+    *(InvalidDicomError, OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, ArithmeticError),
+    *(RuntimeError, NotImplementedError),
+)
+
+
+@contextmanager
+def _quietly():
+    """The warnings of pydicom quote values."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @dataclass(frozen=True)
@@ -71,9 +84,35 @@ class Series:
 
 def is_series(path: Path) -> bool:
     """Whether a folder holds DICOM files itself."""
-    return Path(path).is_dir() and any(_is_dicom(file) for file in sorted(Path(path).iterdir()) if file.is_file())
+    return next(_files(Path(path)), None) is not None
 
 
+def facts(folder: Path) -> dict[str, str | float]:
+    """What the scanner did, by the names in `FACTS`, from the first file of a folder."""
+    return _facts(_header(next(_files(Path(folder)))))
+
+
+def identifiers(files: Iterable[Path]) -> frozenset[str]:
+    """What in the headers of files leads to a person, as `privacy.identifiers`; files that are damaged say nothing."""
+    return frozenset(one for path in files for one in _identifiers(path))
+
+
+def patient(folder: Path) -> frozenset[str]:
+    """What leads to the person of a series, from its first file."""
+    return identifiers(islice(_files(Path(folder)), 1))
+
+
+def shown(path: Path) -> str:
+    """A path to or beside DICOM files as people may see it, without what leads to their patient."""
+    path = Path(path)
+    place = path if path.is_dir() else path.parent
+    text = privacy.shown(path, identifiers(_files(place)))
+    if path.is_dir() or text.endswith(path.name):
+        return text
+    return f"{text} (file {1 + sorted(place.iterdir()).index(path)} there by name)"
+
+
+@_quietly()
 def find_series(folder: Path) -> list[Series]:
     """Every series among the DICOM files of a folder, by falling number of slices.
 
@@ -81,12 +120,12 @@ def find_series(folder: Path) -> list[Series]:
     differ in size or orientation, a slice that is missing or there twice.
     """
     headers: dict[str, list[tuple[Path, Header]]] = {}
-    for path in sorted(p for p in Path(folder).iterdir() if p.is_file() and _is_dicom(p)):
+    for path in _files(Path(folder)):
         header = _header(path)
         headers.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
     if not headers:
-        raise CourseError(f"{folder} holds no DICOM image.", "Give the folder of one series.")
-    found = [_series(Path(folder), images) for images in headers.values()]
+        raise CourseError(f"{shown(folder)} holds no DICOM image.", "Give the folder of one series.")
+    found = [_series(images) for images in headers.values()]
     return sorted(found, key=lambda series: -len(series.frames))
 
 
@@ -98,10 +137,11 @@ def read(folder: Path) -> Volume:
     found = find_series(folder)
     if len(found) > 1:
         each = ", ".join(f"{len(series.frames)} slices" for series in found)
-        raise CourseError(f"{folder} holds {len(found)} series: {each}.", "Put each into a folder of its own.")
+        raise CourseError(f"{shown(folder)} holds {len(found)} series: {each}.", "Put each into a folder of its own.")
     return volume(found[0])
 
 
+@_quietly()
 def volume(series: Series) -> Volume:
     """Voxels of a series, rescaled as its headers say; brighter is more, also where a film would show it dark."""
     decoded: dict[Path, np.ndarray] = {}
@@ -112,8 +152,9 @@ def volume(series: Series) -> Volume:
         planes.append(decoded[frame.path][frame.number] * frame.slope + frame.intercept)
     voxels = np.stack(planes).transpose(2, 1, 0).astype(np.float32)
     voxels = _evened(voxels, series.frames)
-    check_voxels(series.frames[0].path.parent, voxels)
-    return Volume(voxels, series.affine, series.oriented)
+    place = series.frames[0].path.parent
+    check_voxels(Path(privacy.shown(place, patient(place))), voxels)
+    return Volume(voxels, series.affine, series.oriented, series.notes)
 
 
 def weighting(facts: dict[str, str | float]) -> str | None:
@@ -128,44 +169,49 @@ def weighting(facts: dict[str, str | float]) -> str | None:
     return "T1" if inversion or repetition < LONG_REPETITION_MS else "PD"
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """The DICOM files of a folder in the order of their names."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return (path for path in files if path.is_file() and _is_dicom(path))
+
+
 def _is_dicom(path: Path) -> bool:
     if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
         return False
     if path.suffix.lower() in SUFFIXES:
         return True
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
-def _name(path: Path) -> str:
-    """A file's name for people, without the unique identifiers that lead to a patient."""
-    short = _UID.sub("…", path.name)
-    if short == path.name:
-        return str(path)
-    return f"{path.parent / short} (file {1 + sorted(path.parent.iterdir()).index(path)} there by name)"
+@_quietly()
+def _identifiers(path: Path) -> frozenset[str]:
+    try:
+        return privacy.identifiers(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(privacy.TAGS)))
+    except UNREADABLE:
+        return frozenset()
 
 
+@_quietly()
 def _header(path: Path) -> Header:
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True)
-    except (InvalidDicomError, OSError, EOFError, ValueError, AttributeError, NotImplementedError) as error:
-        raise CourseError(f"{_name(path)} is damaged, or no DICOM file.", AGAIN) from error
+    except UNREADABLE:
+        raise CourseError(f"{shown(path)} is damaged, or no DICOM file.", AGAIN) from None
     if "Rows" not in header or "Columns" not in header:
-        raise CourseError(f"{_name(path)} holds no image.", "Take it out of the folder.")
-    kind = header.get("PhotometricInterpretation")
-    if kind not in MONOCHROME or header.get("SamplesPerPixel", 1) != 1:
-        raise CourseError(
-            f"{_name(path)} is in colour ({kind}).", "Give the original grey images, not a picture of them."
-        )
+        raise CourseError(f"{shown(path)} holds no image.", "Take it out of the folder.")
+    if header.get("PhotometricInterpretation") not in MONOCHROME or header.get("SamplesPerPixel", 1) != 1:
+        raise CourseError(f"{shown(path)} is in colour.", "Give the original grey images, not a picture of them.")
     return header
 
 
-def _series(folder: Path, images: list[tuple[Path, Header]]) -> Series:
+def _series(images: list[tuple[Path, Header]]) -> Series:
     frames = [frame for path, header in images for frame in _frames(path, header)]
     _check_alike(frames)
     first = images[0][1]
-    facts = {ours: _plain(_look_up(first, theirs)) for theirs, ours in FACTS.items()}
-    facts = {name: value for name, value in facts.items() if value is not None}
     oriented = all(frame.position and frame.orientation for frame in frames)
     if oriented:
         frames.sort(key=lambda frame: frame.height)
@@ -173,12 +219,30 @@ def _series(folder: Path, images: list[tuple[Path, Header]]) -> Series:
     else:
         notes = ["The headers do not say where the slices lie; their order in the file is taken."]
     step = _step(frames, first, oriented)
-    length = len(frames) * float(np.linalg.norm(step))
-    notes += [f"{len(frames)} slices over {length:.0f} mm; whether more were scanned cannot be seen."]
-    return Series(tuple(frames), facts, tuple(notes), _affine(frames, step, oriented), oriented)
+    return Series(tuple(frames), _facts(first), tuple(notes), _affine(frames, step, oriented), oriented)
 
 
-def _frames(path: Path, header: Header) -> Iterator[Frame]:
+@_quietly()
+def _facts(header: Header) -> dict[str, str | float]:
+    return acquisition.known({ours: _said(header, theirs) for theirs, ours in FACTS.items()})
+
+
+def _said(header: Header, keyword: str):
+    """A value, or None where it cannot be read."""
+    try:
+        return _look_up(header, keyword)
+    except UNREADABLE:
+        return None
+
+
+def _frames(path: Path, header: Header) -> list[Frame]:
+    try:
+        return list(_each_frame(path, header))
+    except UNREADABLE:
+        raise CourseError(f"{shown(path)} does not say what its slices are: a value is damaged.", AGAIN) from None
+
+
+def _each_frame(path: Path, header: Header) -> Iterator[Frame]:
     for number in range(int(header.get("NumberOfFrames") or 1)):
         groups = _groups(header, number)
         slope, intercept = _look_up(groups, "RescaleSlope"), _look_up(groups, "RescaleIntercept")
@@ -209,15 +273,6 @@ def _numbers(value) -> tuple[float, ...] | None:
     return None if value is None else tuple(map(float, value))
 
 
-def _plain(value) -> str | float | None:
-    if value is None:
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return str(value)
-
-
 def _check_alike(frames: list[Frame]) -> None:
     """All of one size, one spacing and one orientation."""
     first = frames[0]
@@ -231,7 +286,7 @@ def _check_alike(frames: list[Frame]) -> None:
         for what, holds in same.items():
             if not holds:
                 raise CourseError(
-                    f"{_name(frame.path)} differs in {what} from {_name(first.path)} of the same series.",
+                    f"{shown(frame.path)} differs in {what} from {shown(first.path)} of the same series.",
                     "Put each kind into a folder of its own.",
                 )
 
@@ -243,13 +298,13 @@ def _check_gaps(frames: list[Frame]) -> list[str]:
         return []
     twice = int(gaps.argmin())
     if gaps[twice] < SAME_MM:
-        paths = f"{_name(frames[twice].path)} and {_name(frames[twice + 1].path)}"
+        paths = f"{shown(frames[twice].path)} and {shown(frames[twice + 1].path)}"
         raise CourseError(f"{paths} lie in one place.", "Keep one of them, or part the series.")
     usual = np.sort(gaps)[(len(gaps) - 1) // 2]
     for before, gap in zip(frames, gaps, strict=False):
         missing = round(gap / usual) - 1
         if missing >= 1 and abs(gap / usual - missing - 1) < EVEN * (missing + 1):
-            what = f"Behind {_name(before.path)}, {missing} of the slices {'is' if missing == 1 else 'are'} missing"
+            what = f"Behind {shown(before.path)}, {missing} of the slices {'is' if missing == 1 else 'are'} missing"
             raise CourseError(f"{what}: a gap of {gap:.1f} mm where others are {usual:.1f} mm.", AGAIN)
     if _uneven(gaps):
         return [f"Gaps between slices vary from {gaps.min():.2f} to {gaps.max():.2f} mm; slices are interpolated."]
@@ -264,7 +319,7 @@ def _step(frames: list[Frame], header: Header, oriented: bool) -> np.ndarray:
     """From a slice to the next, in patient coordinates; a tilted gantry's is not along the normal."""
     if oriented and len(frames) > 1:
         return (np.array(frames[-1].position) - frames[0].position) / (len(frames) - 1)
-    distance = _look_up(header, "SpacingBetweenSlices") or _look_up(header, "SliceThickness") or 1.0
+    distance = _said(header, "SpacingBetweenSlices") or _said(header, "SliceThickness") or 1.0
     return float(distance) * (frames[0].normal if oriented else np.array([0.0, 0.0, 1.0]))
 
 
@@ -283,10 +338,10 @@ def _pixels(path: Path) -> np.ndarray:
     try:
         header = pydicom.dcmread(path)
         pixels = header.pixel_array.astype(np.float32)
-    except (RuntimeError, ValueError, AttributeError, OSError, EOFError, NotImplementedError) as error:
+    except UNREADABLE:
         raise CourseError(
-            f"The pixels of {_name(path)} cannot be decoded.", f"{AGAIN} Or convert it to NIfTI."
-        ) from error
+            f"The pixels of {shown(path)} cannot be decoded.", f"{AGAIN} Or convert it to NIfTI."
+        ) from None
     pixels = pixels.reshape(-1, *pixels.shape[-2:])
     inverted = header.PhotometricInterpretation == "MONOCHROME1"
     return 2 ** int(header.BitsStored) - 1 - pixels if inverted else pixels

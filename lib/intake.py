@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from joblib import Parallel, delayed
 
-from lib import ROOT, datasets, phantom, volumes
+from lib import ROOT, acquisition, datasets, dicom, phantom, privacy, volumes
 from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES, Subject
 from lib.errors import CourseError, check_least
-from lib.preprocessing import brain_mask, canonical, extent_mm
+from lib.preprocessing import CT_WINDOW, brain_mask, canonical, extent_mm, signal
 from lib.progress import bar
 from lib.volumes import Volume
 
@@ -21,8 +21,9 @@ HEALTHY, LESION_FREE = "healthy subjects", "lesion-free slices of patients"
 EMBEDDED = "embedded cohort (simulated; its figures are not to be compared with the literature)"
 BRAIN_LITRES = (0.3, 3.0)
 LEAST_LEVELS = 16
-EXAMINATION = 3  # raised whenever records change their meaning, so that older ones are forgotten
+EXAMINATION = 4  # raised whenever records change their meaning, so that older ones are forgotten
 MOST_NEGATIVE = 0.001  # share of voxels; interpolation leaves a few
+BONE_HU, MOST_BONE = 300, 0.02  # share of voxels; calcifications and blood are less
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def gather(
         raise _refusal(broken, len(subjects))
     useful, unknown = _known([s for s in subjects if s.id not in broken])
     left_out = [*lacking, *_left_out_broken(broken), *unknown]
-    stated = datasets.read_splits(Path(splits), {s.id for s in dataset.subjects}) if splits else {}
+    stated = datasets.read_splits(Path(splits), {s.id for s in dataset.subjects}, dataset.called) if splits else {}
     assigned, training = _assign(useful, facts, stated, left_out, seed)
     left_out += _in_no_split(useful, assigned)
     used = tuple(s for s in useful if s.id in assigned)
@@ -98,7 +99,8 @@ def examine(subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm:
 
     A record has `problems` (pairs of what and cure, empty for a good subject), `checksums` of the voxels by modality,
     `identity` (a checksum of all voxels and grids, the lesion mask's too), `brain_litres`, `extent_mm`, `lesion_ml`,
-    `lesion_outside_brain_ml`, `lesion_labels` and `unoriented` (files whose axes are assumed).
+    `lesion_outside_brain_ml`, `lesion_labels`, `unoriented` (files whose axes are assumed), and by modality
+    `acquisition` (facts as `datasets.acquisition`), `series` (slices and mm of a DICOM series), `notes` (of reading).
     A brain longer than `side_mm` is a problem.
     Good files that have not changed since the last examination, by size and time, are not read again.
     """
@@ -119,17 +121,37 @@ def examine(subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm:
 def _examine_subject(subject: Subject, modalities: tuple[str, ...]) -> dict:
     record = {"problems": [], "checksums": {}, "identity": "", "brain_litres": 0.0, "extent_mm": [0, 0, 0]}
     record |= {"lesion_ml": 0.0, "lesion_outside_brain_ml": 0.0, "lesion_labels": [], "unoriented": []}
+    record |= {"acquisition": {}, "series": {}, "notes": {}}
     scans = {m: _attempt(record, subject.scans[m]) for m in subject.having(modalities)}
     lesion = _attempt(record, subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
     for modality, volume in scans.items():
         if volume:
             record["checksums"][modality] = volumes.checksum(volume.voxels)
-            record["problems"] += _intensity_problems(subject.scans[modality], volume)
-            record["unoriented"] += [] if volume.oriented else [subject.scans[modality].name]
+            record["problems"] += _intensity_problems(subject.scans[modality], modality, volume)
+            record["unoriented"] += [] if volume.oriented else [subject.hiding(subject.scans[modality].name)]
+            _look_at_acquisition(record, modality, subject.scans[modality], volume)
     if not record["problems"]:
         record["identity"] = _content([*scans.values(), lesion])
         _look_at_brain(record, subject, scans, lesion)
+    record["problems"] = [(_told(subject, what), cure) for what, cure in record["problems"]]
     return record
+
+
+def _told(subject: Subject, what: str) -> str:
+    """A problem as it may be written; where a path is hidden, the subject is named instead."""
+    safe = subject.hiding(what)
+    return f"{subject.id}: {safe}" if privacy.HIDDEN in safe and not safe.startswith(subject.id) else safe
+
+
+def _look_at_acquisition(record: dict, modality: str, path: Path, volume: Volume) -> None:
+    try:
+        record["acquisition"][modality] = datasets.acquisition(path)
+    except CourseError as error:
+        record["problems"].append((error.what, error.cure))
+    record["notes"][modality] = list(volume.notes)
+    if dicom.is_series(path):
+        slices = volume.voxels.shape[2]
+        record["series"][modality] = [slices, round(float(slices * volume.voxel_mm[2]), 1)]
 
 
 def _content(found: list[Volume | None]) -> str:
@@ -151,17 +173,32 @@ def _attempt(record: dict, path, **options) -> Volume | None:
         return None
 
 
-def _intensity_problems(path, volume: Volume):
-    if (volume.voxels < 0).mean() > MOST_NEGATIVE:
+def _intensity_problems(path, modality: str, volume: Volume):
+    if modality == "CT":
+        yield from _hounsfield_problems(path, volume)
+    elif (volume.voxels < 0).mean() > MOST_NEGATIVE:
         yield (
             f"{path} has negative intensities, as after a z-score.",
             "Give the scan from before, or shift its brain above 0.",
         )
-    elif len(np.unique(volume.voxels[::2, ::2, ::2])) < LEAST_LEVELS:
+    if len(np.unique(volume.voxels[::2, ::2, ::2])) < LEAST_LEVELS:
         yield f"{path} has fewer than {LEAST_LEVELS} grey levels.", "Give a scan, not a mask or a label map."
 
 
+def _hounsfield_problems(path, volume: Volume):
+    found = volume.voxels[signal("CT", volume.voxels)]
+    bone = float((found > BONE_HU).mean()) if len(found) else 0.0
+    middle = float(np.median(found)) if len(found) else 0.0
+    if not CT_WINDOW[0] <= middle <= CT_WINDOW[1]:
+        what = f"{path} has a median of {middle:.0f}, and a brain in Hounsfield units has some 35."
+        yield what, "Give a brain-extracted CT in Hounsfield units."
+    elif bone > MOST_BONE:
+        what = f"{path} shows a skull: {100 * bone:.0f} % of it is above {BONE_HU} Hounsfield units."
+        yield what, "Give brain-extracted scans with one value outside the brain."
+
+
 def _look_at_brain(record: dict, subject: Subject, scans: dict[str, Volume], lesion: Volume | None) -> None:
+    scans, lesion = {m: canonical(v) for m, v in scans.items()}, canonical(lesion) if lesion else None
     first, *others = scans.values()
     paths = [*[subject.scans[m] for m in scans][1:], subject.lesion_mask]
     for volume, path in zip([*others, lesion], paths, strict=True):
@@ -170,15 +207,16 @@ def _look_at_brain(record: dict, subject: Subject, scans: dict[str, Volume], les
             record["problems"].append((what, "Resample it to that grid, or give the file that belongs to it."))
     if record["problems"]:
         return
-    brain = brain_mask([v.voxels for v in scans.values()])
+    brain = brain_mask([signal(m, v.voxels) for m, v in scans.items()])
     litres = float(brain.sum() * first.millilitres / 1000)
     record["brain_litres"] = round(litres, 3)
     if not BRAIN_LITRES[0] <= litres <= BRAIN_LITRES[1]:
-        what = f"{subject.id}: {litres:.2f} litres are above 0, and a brain has {BRAIN_LITRES[0]} to {BRAIN_LITRES[1]}."
-        record["problems"].append((what, "Give brain-extracted scans with 0 outside the brain."))
+        above, outside = ("not background", "one value") if "CT" in scans else ("above 0", "0")
+        least, most = BRAIN_LITRES
+        what = f"{subject.id}: {litres:.2f} litres are {above}, and a brain has {least} to {most}."
+        record["problems"].append((what, f"Give brain-extracted scans with {outside} outside the brain."))
         return
-    turned = canonical(Volume(brain, first.affine))
-    record["extent_mm"] = extent_mm(turned.voxels, turned).round(1).tolist()
+    record["extent_mm"] = extent_mm(brain, first).round(1).tolist()
     if lesion:
         _look_at_lesion(record, subject, lesion, brain)
     elif subject.healthy is False:
@@ -245,7 +283,8 @@ class _Memory:
 
     def key(self, subject: Subject, modalities: tuple[str, ...]) -> str:
         scans = [*(subject.scans[m] for m in subject.having(modalities)), subject.lesion_mask]
-        files = [f for scan in scans if scan for f in (sorted(scan.iterdir()) if scan.is_dir() else [scan])]
+        beside = [acquisition.sidecar(subject.scans[m]) for m in subject.having(modalities)]
+        files = [f for scan in scans if scan for f in (sorted(scan.iterdir()) if scan.is_dir() else [scan])] + beside
         seen = [(os.path.realpath(f), *((s.st_size, s.st_mtime_ns) if (s := _stat(f)) else ())) for f in files]
         return hashlib.sha256(json.dumps([EXAMINATION, seen, modalities, subject.healthy]).encode()).hexdigest()
 
@@ -343,5 +382,28 @@ def _notes(subjects, facts, splits, training, left_out) -> Iterator[str]:
     unoriented = [name for s in subjects for name in facts[s.id]["unoriented"]]
     if unoriented:
         yield f"No orientation in the header, taken as right, anterior, superior: {', '.join(unoriented)}."
+    yield from _series_notes({f"{s.id} {m}": (facts[s.id], m) for s in subjects for m in facts[s.id]["notes"]})
     for one in left_out:
         yield f"Left out: {one['subject']}. {one['why']}"
+
+
+def _span(values) -> str:
+    least, most = f"{min(values):.0f}", f"{max(values):.0f}"
+    return least if least == most else f"{least} to {most}"
+
+
+def _series_notes(scans: Mapping[str, tuple[dict, str]]) -> Iterator[str]:
+    """What was found and done in reading; `scans`: the subject's record and the modality, by the scan's name."""
+    series = {name: tuple(record["series"][m]) for name, (record, m) in scans.items() if m in record["series"]}
+    if series:
+        slices, lengths = zip(*series.values(), strict=True)
+        shortest = min(series, key=lambda name: series[name][1])
+        yield (
+            f"{len(series)} DICOM series of {_span(slices)} slices over {_span(lengths)} mm, the shortest {shortest}; "
+            "whether more were scanned cannot be seen."
+        )
+    said: dict[str, list[str]] = {}
+    for name, (record, m) in scans.items():
+        for note in record["notes"][m]:
+            said.setdefault(note, []).append(name)
+    yield from (f"{', '.join(names)}: {note}" for note, names in said.items())

@@ -7,6 +7,7 @@ own, so T1, T2 and FLAIR agree about them. What real scans have and these lack: 
 fold of the brain that the template has not, surprises. Compare no figure on it with the literature.
 """
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from threadpoolctl import threadpool_limits
 
-from lib import volumes
+from lib import acquisition, volumes
 from lib.components import bounding_box
 from lib.errors import CourseError
 
 VERSION = 1  # part of the folder's name: raise it whenever the same seed gives other voxels
 MODALITIES = ("T1", "T2", "FLAIR")
+TESLA = 1.5  # the field at which TISSUES relax
 BOX_MM = ((-80, 80), (-116, 80), (-80, 92))  # field of view: left to right, back to front, bottom to top
 
 # Proton density (of water), T1 and T2 in ms, BraTS label. Grey and white matter lie near what BrainWeb uses
@@ -189,9 +191,10 @@ def write_subjects(
 ) -> Path:
     """Write the subjects of a table such as `plan` gives in a BraTS-like layout and return their folder.
 
-    `sub-001/sub-001_flair.nii.gz`, `_t1`, `_t2` and, in patients, `_seg`; `participants.tsv` (the table without
-    `index`) comes last, so its presence says that the cohort is whole. Subjects whose files are there are not made
-    again. `progress(done, total)` is called in this process after each subject.
+    `sub-001/sub-001_flair.nii.gz`, `_t1`, `_t2`, each with a BIDS sidecar (`.json`) of its times, and, in patients,
+    `_seg`; `participants.tsv` (the table without `index`) comes last, so its presence says that the cohort is whole.
+    Subjects whose files are there are not made again. `progress(done, total)` is called in this process after each
+    subject.
     Raises CourseError where the folder cannot be written or holds another cohort.
     """
     folder = Path(folder)
@@ -221,11 +224,21 @@ def _check_folder(folder: Path, listing: bytes) -> None:
 def _write_subject(folder: Path, row, voxel_mm: float, seed: int) -> None:
     names = [modality.lower() for modality in MODALITIES] + ([] if row.healthy else ["seg"])
     paths = [folder / row.participant_id / f"{row.participant_id}_{name}.nii.gz" for name in names]
+    _write_sidecars(dict(zip(MODALITIES, paths, strict=False)), SCANNERS[row.site])
     if all(path.exists() for path in paths):
         return
     scan = simulate(row.Index, kind=None if row.healthy else row.kind, site=row.site, voxel_mm=voxel_mm, seed=seed)
     for path, voxels in zip(paths, [*scan.images.values(), scan.lesion], strict=False):
         volumes.write(path, voxels, scan.affine)
+
+
+def _write_sidecars(paths: dict[str, Path], scanner: Scanner) -> None:
+    for modality, path in paths.items():
+        facts = dict(zip(("repetition_ms", "echo_ms", "inversion_ms"), scanner.sequences[modality], strict=True))
+        facts = acquisition.known({"modality": "MR", "tesla": TESLA, **facts})
+        beside = acquisition.sidecar(path)
+        if not beside.exists():
+            volumes.write_bytes(beside, json.dumps(acquisition.to_sidecar(facts), indent=1).encode())
 
 
 @dataclass

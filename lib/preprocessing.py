@@ -1,6 +1,6 @@
 """From the scans of one subject to slices that a network can learn from: orientation, resampling, brain, intensity."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import nibabel
@@ -14,6 +14,8 @@ from lib.errors import CourseError, check_choice, check_least
 from lib.volumes import Volume
 
 HALVINGS = 16
+CT_WINDOW = (0.0, 80.0)  # Hounsfield units; the usual window of the brain, centre 40 and width 80
+AIR_HU = -500
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,19 @@ class Prepared:
 def prepare(scans: Mapping[str, Volume], lesion: Volume | None, recipe: Recipe) -> Prepared:
     """Bring one subject's scans onto the prepared grid.
 
-    `scans`: a volume for each of the recipe's modalities, all on one grid, brain extracted (0 outside); a modality that
-    is missing is 0 everywhere, and its scale 1.
+    `scans`: a volume for each of the recipe's modalities, all on one grid, brain extracted (0 outside; CT: one value
+    outside); a modality that is missing is 0 everywhere, and its scale 1. Where the recipe says p99, CT, whose units
+    mean the same on every scanner, is seen through CT_WINDOW instead.
     Raises CourseError where the brain does not fit the recipe's square.
     """
     volumes = {m: canonical(scan) for m, scan in scans.items()}
-    inside = brain_mask([v.voxels for v in volumes.values()])
+    inside = brain_mask([signal(m, v.voxels) for m, v in volumes.items()])
     grid = _Grid.around(inside, next(iter(volumes.values())), recipe)
     brain = grid.sample_mask(inside)
     own_truth = canonical(lesion).voxels > 0 if lesion else np.zeros_like(inside)
     truth = grid.sample_mask(own_truth)
-    normalised = {m: NORMALISATIONS[recipe.normalisation](grid.sample(v.voxels), brain) for m, v in volumes.items()}
+    sampled = {m: grid.sample(v.voxels * inside if m == "CT" else v.voxels) for m, v in volumes.items()}
+    normalised = {m: _normalisation(m, recipe)(image, brain) for m, image in sampled.items()}
     missing = np.zeros(brain.shape, np.float32), 1.0
     images, scales = zip(*(normalised.get(m, missing) for m in recipe.modalities), strict=True)
     image = np.stack(images)
@@ -113,10 +117,20 @@ def canonical(volume: Volume) -> Volume:
     return Volume(nibabel.apply_orientation(volume.voxels, turn), affine)
 
 
+def signal(modality: str, voxels: np.ndarray) -> np.ndarray:
+    """What is above 0 where a brain-extracted scan shows something: the scan itself; of CT, whose water is 0, what is
+    neither air nor the usual value on the box's faces."""
+    if modality != "CT":
+        return voxels
+    faces = [np.take(voxels, (0, -1), axis).ravel() for axis in range(3)]
+    values, counts = np.unique(np.concatenate(faces), return_counts=True)
+    return (voxels != values[counts.argmax()]) & (voxels > AIR_HU)
+
+
 def brain_mask(volumes: list[np.ndarray]) -> np.ndarray:
     """The brain in brain-extracted scans: the largest connected part above 0 in any modality, its holes filled.
 
-    `volumes`: arrays of one shape [i, j, k]; returns bool of that shape.
+    `volumes`: arrays of one shape [i, j, k], as `signal` gives them; returns bool of that shape.
     """
     inside = np.any([v > 0 for v in volumes], axis=0)
     brain = np.zeros_like(inside)
@@ -220,6 +234,16 @@ def _by_slice_range(image: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, f
     image = image * brain
     low, high = image.min(axis=(1, 2), keepdims=True), image.max(axis=(1, 2), keepdims=True)
     return (image - low) / np.maximum(high - low, 1e-6), 1.0
+
+
+def _by_window(image: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, float]:
+    low, high = CT_WINDOW
+    return np.clip((image - low) / (high - low), 0, 1), high - low
+
+
+def _normalisation(modality: str, recipe: Recipe) -> Callable:
+    windowed = modality == "CT" and recipe.normalisation == "p99"
+    return _by_window if windowed else NORMALISATIONS[recipe.normalisation]
 
 
 NORMALISATIONS = {"p99": _by_percentile, "max": _by_maximum, "zscore": _by_z_score, "slice_range": _by_slice_range}

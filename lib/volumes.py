@@ -27,12 +27,14 @@ class Volume:
     """Voxels of one scan with the grid they lie on.
 
     `voxels` float32 [i, j, k]; `affine` float64 [4, 4], voxel indices to millimetres in RAS+; `oriented`: whether
-    the header says where the axes point, or the affine is only assumed.
+    the header says where the axes point, or the affine is only assumed; `notes`: sentences for people about what was
+    done to read it.
     """
 
     voxels: np.ndarray
     affine: np.ndarray
     oriented: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def voxel_mm(self) -> np.ndarray:

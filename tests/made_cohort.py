@@ -49,6 +49,7 @@ def _subject(folder, random, split, healthy, modalities):
         "affine": np.diag([2, 2, 2, 1]).tolist(),
         "scales": [1.0] * len(modalities),
         "missing": [],
+        "acquisition": {m: {} for m in modalities},
         "shape": brain.shape,
         "lesion_slices": np.flatnonzero(lesion.any(axis=(1, 2))).tolist(),
     }

@@ -367,3 +367,50 @@ def test_no_folder_means_the_embedded_cohort(brats, course_root, monkeypatch):
 def test_a_negative_seed_is_named():
     with pytest.raises(CourseError, match="seed is -1"):
         intake.gather(seed=-1)
+
+
+def hounsfield(folder, outside=-1024):
+    """The subjects of a folder as CT, brain-extracted."""
+    for path in sorted(folder.glob("*/*_flair.nii.gz")):
+        volume = volumes.read(path)
+        units = np.where(volume.voxels > 0, 35 + (volume.voxels - 500) / 50, outside).astype(np.float32)
+        volumes.write(path.with_name(path.name.replace("flair", "ct")), units, volume.affine)
+    return folder
+
+
+@pytest.mark.parametrize("outside", [0, -1024])
+def test_ct_below_zero_is_no_z_score(brats, course_root, outside):
+    gathered = gather(hounsfield(brats(), outside), modalities="CT")
+    assert len(gathered.subjects) == 4
+    assert gathered.facts["p3"]["brain_litres"] == pytest.approx(1.307, rel=0.02)
+
+
+BAD_CT = {
+    "a skull": (lambda v: np.where(np.arange(v.shape[2]) % 9 == 0, np.where(v > -500, 900, v), v), "shows a skull: 1"),
+    "not Hounsfield units": (lambda v: v + 1024, "has a median of 10"),
+    "hardly a brain": (
+        lambda v: np.where((np.arange(v.shape[0]) < 8)[:, None, None], v, -1024),
+        "litres are not background",
+    ),
+    "a window": (lambda v: np.clip((v + 1024) / 5, 0, 255), "has a median of 2"),
+    "air alone": (lambda v: np.where(v > -500, -1000, -1024), "fewer than 16 grey"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CT)
+def test_a_bad_ct_is_named(brats, course_root, kind):
+    folder = hounsfield(brats())
+    change, said = BAD_CT[kind]
+    changed(folder / "p1" / "p1_ct.nii.gz", change)
+    what = refused(folder, modalities="CT")
+    assert "1 of 4 subjects" in what
+    assert said in what
+
+
+def test_a_mask_may_be_stored_with_its_axes_turned(brats, course_root):
+    folder = brats()
+    lesion = volumes.read(mask(folder / "p1"))
+    flipped = lesion.affine @ np.diag([-1, 1, 1, 1])
+    flipped[:3, 3] += lesion.affine[:3, 0] * (lesion.voxels.shape[0] - 1)
+    volumes.write(mask(folder / "p1"), lesion.voxels[::-1], flipped)
+    assert gather(folder).facts["p1"]["lesion_outside_brain_ml"] == 0

@@ -1,5 +1,6 @@
 """The embedded cohort: the same for the same seed, plausible as anatomy, true in its truth, and safe on disk."""
 
+import shutil
 from functools import lru_cache
 
 import numpy as np
@@ -10,7 +11,7 @@ from skimage.filters import threshold_multiotsu
 from sklearn.metrics import average_precision_score
 from threadpoolctl import threadpool_limits
 
-from lib import phantom, volumes
+from lib import datasets, dicom, phantom, volumes
 from lib.errors import CourseError
 
 KINDS = sorted(set(phantom.TURNS))
@@ -184,8 +185,9 @@ def test_cohort_on_disk_reads_back(cohort):
     assert {path.name for path in cohort.iterdir()} == {*people.index, "participants.tsv"}
     for name, person in people.iterrows():
         found = {path.name for path in (cohort / name).iterdir()}
-        assert found == {f"{name}_{m}.nii.gz" for m in ["flair", "t1", "t2"] + ([] if person.healthy else ["seg"])}
-        read = [volumes.read(cohort / name / file) for file in sorted(found)]
+        masks = set() if person.healthy else {f"{name}_seg.nii.gz"}
+        assert found == masks | {f"{name}_{m}{end}" for m in ("flair", "t1", "t2") for end in (".nii.gz", ".json")}
+        read = [volumes.read(cohort / name / file) for file in sorted(found) if file.endswith(".gz")]
         assert all(volumes.same_grid(v.voxels.shape, v.affine, read[0].voxels.shape, read[0].affine) for v in read)
 
 
@@ -196,6 +198,26 @@ def test_files_hold_what_was_simulated(cohort):
     np.testing.assert_array_equal(volumes.read(f"{stem}_t2.nii.gz").voxels, subject.images["T2"])
     np.testing.assert_array_equal(volumes.read(f"{stem}_seg.nii.gz").voxels, subject.lesion)
     np.testing.assert_allclose(volumes.read(f"{stem}_seg.nii.gz").affine, subject.affine)
+
+
+def test_every_scan_has_its_times_beside_it_also_in_a_folder_of_before(cohort, tmp_path):
+    shutil.copytree(cohort, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.rglob("*.json"):
+        path.unlink()
+    voxels = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nii.gz")}
+    phantom.write_cohort(tmp_path, **COHORT)
+    assert contents(tmp_path) == contents(cohort)
+    assert {path: path.stat().st_mtime_ns for path in voxels} == voxels
+    sites = pd.read_csv(tmp_path / "participants.tsv", sep="\t", index_col="participant_id").site
+    for path in voxels:
+        if "seg" not in path.name:
+            facts = datasets.acquisition(path)
+            modality = path.name.split("_")[1].removesuffix(".nii.gz").upper()
+            times = phantom.SCANNERS[sites[path.parent.name]].sequences[modality]
+            said = [facts["repetition_ms"], facts["echo_ms"], facts.get("inversion_ms", 0)]
+            np.testing.assert_allclose(said, times)
+            assert facts["tesla"] == 1.5
+            assert dicom.weighting(facts) == modality
 
 
 @pytest.mark.filterwarnings("ignore:.*still being processed:UserWarning")

@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score
 
 from lib import datasets, preprocessing, volumes
 from lib.errors import CourseError
-from lib.preprocessing import NORMALISATIONS, Recipe, brain_mask, canonical, prepare
+from lib.preprocessing import NORMALISATIONS, Recipe, brain_mask, canonical, prepare, signal
 from lib.volumes import Volume
 
 SMALL = {"pixel_mm": 4.0, "size": 48}
@@ -285,3 +285,32 @@ def test_of_one_slice_only_its_own_slices_are_kept():
     assert single.own.brain.shape[0] == 1
     assert len(whole.own.brain) == len(whole.brain)
     assert single.own.brain.sum() == max(whole.own.brain.sum(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("outside", [0, -1024, -2000])
+@pytest.mark.parametrize("pixel_mm", [5.0, 7.0])
+def test_ct_is_seen_through_the_window_of_the_brain(outside, pixel_mm):
+    mm = np.stack(np.mgrid[-16:17, -19:20, -14:15], axis=-1) * 5.0
+    brain = ((mm / (70, 85, 60)) ** 2).sum(axis=-1) <= 1
+    hounsfield = 35 + 10 * np.sin(mm.sum(axis=-1) / 9)
+    hounsfield[14:18, 18:22, 13:16] = -90  # fat
+    hounsfield[14:18, 25:27, 13:16] = 70  # blood
+    scan = Volume(np.where(brain, hounsfield, outside).astype(np.float32), np.diag([5.0, 5.0, 5.0, 1.0]))
+    assert (brain_mask([signal("CT", scan.voxels)]) == brain).all()
+    result = prepare({"CT": scan}, None, Recipe(("CT",), pixel_mm=pixel_mm, size=48))
+    assert result.scales == (80,)
+    assert result.image.min() >= 0
+    assert result.image.max() <= 1
+    assert not result.image[0][~result.brain].any()
+    inside = result.image[0][result.brain]
+    assert np.median(inside) == pytest.approx(35 / 80, abs=0.05)
+    if pixel_mm == 5.0:  # no interpolation: every voxel is what its Hounsfield units say
+        expected = np.clip(hounsfield[brain] / 80, 0, 1)
+        np.testing.assert_allclose(np.sort(inside), np.sort(expected), atol=1e-6)
+
+
+def test_another_normalisation_of_ct_is_what_it_says():
+    voxels = np.pad(np.random.default_rng(0).uniform(10, 60, (20, 20, 20)), 3, constant_values=-1000)
+    scan = Volume(voxels.astype(np.float32), np.eye(4))
+    recipe = Recipe(("CT",), pixel_mm=1.0, size=32, normalisation="max")
+    assert prepare({"CT": scan}, None, recipe).scales[0] == pytest.approx(voxels.max(), rel=1e-6)
