@@ -27,7 +27,6 @@ FIRST = 10_000  # index of the first brain: none of the embedded cohort
 KINDS = ("glioma", "hyper", "hypo")
 LEAST_PER_SCANNER = 6  # brains, so that every scanner has both labels
 SQUARE_MM = 192
-TIMES = ("repetition_ms", "echo_ms", "inversion_ms")
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def study(per_scanner: int = 10, learners: int = 15, *, modalities: str = "T1,T2
         )
         recipe = Recipe(pixel_mm=voxel_mm, size=size, normalisation=normalisation)
         cohorts = {
-            modality: _with_acquisition(_prepared(gathered, replace(recipe, modalities=(modality,))))
+            modality: cohort.open_cohort(cohort.prepare_cohort(gathered, replace(recipe, modalities=(modality,))))
             for modality in datasets.parse_modalities(modalities)
         }
     return Study(plan(per_scanner, learners).set_index("participant_id"), cohorts)
@@ -118,18 +117,3 @@ def experiment(
         for design, labels in study.designs().items()
     }
     return pd.concat(found, names=["design"])
-
-
-def _prepared(gathered: intake.Gathered, recipe: Recipe) -> Cohort:
-    return cohort.open_cohort(cohort.prepare_cohort(gathered, recipe))
-
-
-def _with_acquisition(prepared: Cohort) -> Cohort:
-    """The times that the simulated scanner was set to, as the header of a real scan has them."""
-    (modality,) = prepared.modalities
-    subjects = []
-    for subject in prepared.subjects:
-        times = phantom.SCANNERS[subject.facts["site"]].sequences[modality]
-        facts = subject.facts | {"acquisition": {modality: dict(zip(TIMES, times, strict=True))}}
-        subjects.append(replace(subject, facts=facts))
-    return replace(prepared, subjects=tuple(subjects))
