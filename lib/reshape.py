@@ -29,6 +29,7 @@ from lib.preprocessing import HALVINGS
 from lib.training import Batch, Forward, History, Items, Plan, choose_device, derived_seed, mixed_precision, train
 
 RADII_MM = (5, 10)  # of the spheres that are taken through each way
+LEAST_SIDE = 2 * HALVINGS  # so that a code has more than one place, which normalising one volume needs
 REACH = 4  # network voxels that a mask can spread over
 BENT = tuple(f"{name}_{radius}" for radius in RADII_MM for name in ("kept", "dice", "aspect", "voxels"))
 FIGURES = ("mse", "mae", "mse_way", "network_voxels", "ap", "prevalence", *BENT)
@@ -66,9 +67,9 @@ class Settings:
     learning_rate: float = 2e-3
 
     def __post_init__(self):
-        check_least("groups", self.groups, 1)
+        for name, least in (("groups", 1), ("side", LEAST_SIDE), ("width", cae3d.GROUPS), ("code", cae3d.GROUPS)):
+            check_least(name, getattr(self, name), least)
         for name, unit in (("side", HALVINGS), ("width", cae3d.GROUPS), ("code", cae3d.GROUPS)):
-            check_least(name, getattr(self, name), unit)
             if getattr(self, name) % unit:
                 raise CourseError(f"{name} is {getattr(self, name)}.", f"Give a multiple of {unit}.")
 
