@@ -32,7 +32,7 @@ RADII_MM = (5, 10)  # of the spheres that are taken through each way
 LEAST_SIDE = 2 * HALVINGS  # so that a code has more than one place, which normalising one volume needs
 REACH = 4  # network voxels that a mask can spread over
 BENT = tuple(f"{name}_{radius}" for radius in RADII_MM for name in ("kept", "dice", "aspect", "voxels"))
-FIGURES = ("mse", "mae", "mse_way", "network_voxels", "ap", "prevalence", *BENT)
+FIGURES = ("mse", "mae", "mse_way", "network_voxels", "ap", "ap_grey", "prevalence", *BENT)
 
 
 @dataclass(frozen=True)
@@ -276,8 +276,9 @@ def measure(clinics: Clinics, learnt: Mapping[str, Learnt]) -> pd.DataFrame:
 
     Of healthy material of validation and test: squared and absolute error of what the network expects (`mse`, `mae`)
     and squared error of the way there and back without a network (`mse_way`), inside the brain; the spheres'
-    `distortion`; `network_voxels` inside the brain. Of test patients: average precision of the signed residual (`ap`)
-    and the `prevalence`, which a random map has.
+    `distortion`; `network_voxels` inside the brain. Of test patients: average precision of the signed residual (`ap`),
+    of that to a brain of one grey, its mean, in place of what the network expects (`ap_grey`), and of a random map,
+    which is the `prevalence`.
     """
     rows = []
     for scan in clinics.healthy("validation", "test"):
@@ -364,10 +365,12 @@ def _redrawn(scan: Acquired, learnt: Learnt) -> dict[str, float]:
 
 
 def _found(scan: Acquired, learnt: Learnt, modalities: tuple[str, ...]) -> dict[str, float]:
-    box, image, _, drawn = learnt.look(scan)
-    left = residual(torch.from_numpy(image[None]), torch.from_numpy(drawn[None]), modalities, "signed")[0].numpy()
-    precision = single_scan.precision(scan, box.back(left))
-    return {"ap": precision, "prevalence": float(scan.lesion.sum() / scan.brain.sum())}
+    box, image, inside, drawn = learnt.look(scan)
+    grey = image[:, inside].mean(axis=1)[:, None, None, None] * inside
+    pairs = ((torch.from_numpy(image[None]), torch.from_numpy(one[None])) for one in (drawn, grey))
+    maps = [box.back(residual(*pair, modalities, "signed")[0].numpy()) for pair in pairs]
+    network, nothing = (single_scan.precision(scan, one) for one in maps)
+    return {"ap": network, "ap_grey": nothing, "prevalence": float(scan.lesion.sum() / scan.brain.sum())}
 
 
 def _mean(name: str, values: pd.Series) -> dict[str, float]:

@@ -266,6 +266,7 @@ def test_a_network_that_draws_nothing_errs_by_all_there_is(clinics, learnt):
         assert rows.mae.to_numpy() == pytest.approx(inside.mean(), rel=1e-5)
     found = table[table.material == "patient"]
     assert (found.ap > 2 * found.prevalence).all()  # then the map is the image, and lesions are bright
+    assert found.ap.to_numpy() == pytest.approx(found.ap_grey.to_numpy(), abs=0.02)  # they lie above the mean
 
 
 def test_every_way_is_judged_on_the_same_scans(measured, clinics):
