@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from monai.networks.nets import AutoEncoder
 from sklearn.cluster import KMeans
-from torch.nn import functional
 
 from lib import metrics, single_scan
 from lib.boxes import Box, middle_of
@@ -30,9 +29,10 @@ from lib.training import Batch, Forward, History, Items, Plan, choose_device, de
 
 RADII_MM = (5, 10)  # of the spheres that are taken through each way
 LEAST_SIDE = 2 * HALVINGS  # so that a code has more than one place, which normalising one volume needs
+LEAST_COVER = 0.1  # of brain in what comes back to a voxel: at the edges values are divided by their share of brain
 REACH = 4  # network voxels that a mask can spread over
 BENT = tuple(f"{name}_{radius}" for radius in RADII_MM for name in ("kept", "dice", "aspect", "voxels"))
-FIGURES = ("mse", "mae", "mse_way", "network_voxels", "ap", "ap_grey", "prevalence", *BENT)
+FIGURES = ("mse", "mae", "mse_way", "mse_grey", "network_voxels", "ap", "ap_grey", "prevalence", *BENT)
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Settings:
     side: int = 48
     groups: int = 4
     width: int = 8
-    code: int = 32
+    code: int = 64
     epochs: int = 10
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
 
     def __post_init__(self):
         for name, least in (("groups", 1), ("side", LEAST_SIDE), ("width", cae3d.GROUPS), ("code", cae3d.GROUPS)):
@@ -232,7 +232,7 @@ def learn(
     volumes in the same order and takes as many steps.
     """
     along, learnt, place = ways(clinics, settings), {}, choose_device(device)
-    plan = Plan(settings.epochs, 1, settings.learning_rate, settings.epochs)
+    plan = Plan(settings.epochs, 1, settings.learning_rate, settings.epochs, cosine=True)
     names = [clinics.protocols[s.id].name for s in clinics.prepared.subjects]
     for name, brought in volumes(clinics, along).items():
         torch.manual_seed(derived_seed(seed, "reshape", "weights"))
@@ -274,11 +274,11 @@ def distortion(ball: np.ndarray, box: Box) -> dict[str, float]:
 def measure(clinics: Clinics, learnt: Mapping[str, Learnt]) -> pd.DataFrame:
     """A row for each scan and way: `subject`, `protocol`, `material`, `way`, and FIGURES (NaN where none is due).
 
-    Of healthy material of validation and test: squared and absolute error of what the network expects (`mse`, `mae`)
-    and squared error of the way there and back without a network (`mse_way`), inside the brain; the spheres'
-    `distortion`; `network_voxels` inside the brain. Of test patients: average precision of the signed residual (`ap`),
-    of that to a brain of one grey, its mean, in place of what the network expects (`ap_grey`), and of a random map,
-    which is the `prevalence`.
+    Of healthy material of validation and test, inside the brain: squared and absolute error of what the network expects
+    (`mse`, `mae`), squared error of the way there and back without a network (`mse_way`) and of one grey, the brain's
+    mean (`mse_grey`); `network_voxels`; the spheres' `distortion`. Of test patients: average precision of the signed
+    residual (`ap`), of that to one grey in place of what the network expects (`ap_grey`), and of a random map, which is
+    the `prevalence`.
     """
     rows = []
     for scan in clinics.healthy("validation", "test"):
@@ -336,7 +336,9 @@ def _material(clinics: Clinics, split: str) -> list[PreparedSubject]:
 
 
 def _loss(forward: Forward, batch: Batch) -> torch.Tensor:
-    return functional.mse_loss(forward(batch["image"]), batch["image"])
+    """Squared error inside the brain, where the figures are taken: grids have very different shares of air."""
+    wrong = (forward(batch["image"]) - batch["image"]) ** 2
+    return (wrong * batch["brain"][:, None]).sum() / (batch["brain"].sum() * wrong.shape[1]).clamp(min=1)
 
 
 def _around(ball: np.ndarray, box: Box) -> tuple[tuple[slice, ...], Box]:
@@ -354,10 +356,16 @@ def _about(scan: Acquired, material: str, way: str) -> dict[str, str]:
 
 def _redrawn(scan: Acquired, learnt: Learnt) -> dict[str, float]:
     box, image, inside, drawn = learnt.look(scan)
-    expected, alone = (np.stack([box.back(one) for one in volume])[:, scan.kept] for volume in (drawn, image))
+    covered = np.maximum(box.back(inside.astype(np.float32))[scan.kept], LEAST_COVER)
+    expected, alone = (np.stack([box.back(one)[scan.kept] for one in volume]) / covered for volume in (drawn, image))
     truth = scan.image[:, scan.kept]
-    figures = {"mse": ((expected - truth) ** 2).mean(), "mae": abs(expected - truth).mean(),
-               "mse_way": ((alone - truth) ** 2).mean(), "network_voxels": inside.sum()}  # fmt: skip
+    figures = {
+        "mse": ((expected - truth) ** 2).mean(),
+        "mae": abs(expected - truth).mean(),
+        "mse_way": ((alone - truth) ** 2).mean(),
+        "mse_grey": truth.var(axis=1).mean(),
+        "network_voxels": inside.sum(),
+    }
     for radius in RADII_MM:
         bent = distortion(sphere(scan, radius), box)
         figures |= {f"{name}_{radius}": value for name, value in bent.items()}
