@@ -1,5 +1,6 @@
 """Volumes of very different shapes before one network: all squeezed to one shape, each squeezed to the usual shape of
-its group ("clustered reshape"), or resampled to one voxel size and cropped about the brain.
+its group ("clustered reshape" in Albert-Pumar's 3D convolutional autoencoder), or resampled to one voxel size and
+cropped about the brain.
 
 Figures are taken on the grid that the clinic acquired: what a way loses counts, what the protocol had lost before does
 not, and all ways are judged on the same voxels of the same size.
@@ -123,7 +124,9 @@ class Clinics:
     def healthy(self, *splits: str) -> Iterator[Acquired]:
         """The healthy material of splits, scan by scan."""
         for split in splits:
-            yield from (self.scan(s, keep) for s, keep in self.prepared.healthy_material(split) if keep.any())
+            for subject, keep in self.prepared.healthy_material(split):
+                if keep.any() and (scan := self.scan(subject, keep)).kept.any():
+                    yield scan
 
     def shapes(self) -> pd.DataFrame:
         """A row a subject: `subject`, `split`, `healthy`, `protocol`, and `shape` (slices, rows, columns)."""
@@ -233,13 +236,13 @@ def learn(
     """
     along, learnt, place = ways(clinics, settings), {}, choose_device(device)
     plan = Plan(settings.epochs, 1, settings.learning_rate, settings.epochs, cosine=True)
-    names = [clinics.protocols[s.id].name for s in clinics.prepared.subjects]
+    how = [asdict(clinics.protocols[s.id]) for s in clinics.prepared.subjects]
     for name, brought in volumes(clinics, along).items():
         torch.manual_seed(derived_seed(seed, "reshape", "weights"))
         network = cae3d.network(len(clinics.prepared.modalities), settings.width, settings.code)
         history = train(
             network, _loss, clinics.prepared, plan, items=brought.get, checkpoint=out / f"reshape_{name}.checkpoint",
-            seed=derived_seed(seed, "reshape", asdict(settings), names), device=place, resume=resume,
+            seed=derived_seed(seed, "reshape", asdict(settings), how), device=place, resume=resume,
         )  # fmt: skip
         learnt[name] = Learnt(along[name], network, history, place)
     return learnt
