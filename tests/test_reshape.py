@@ -238,14 +238,15 @@ def test_all_ways_learn_from_the_same_volumes_in_as_many_steps(clinics, learnt):
 
 
 def test_a_finished_training_is_taken_up_again_but_not_for_other_clinics(clinics, tmp_path):
-    first, again = (reshape.learn(clinics, SMALL, out=tmp_path, device="cpu") for _ in range(2))
+    once = replace(SMALL, epochs=1)
+    first, again = (reshape.learn(clinics, once, out=tmp_path, device="cpu") for _ in range(2))
     assert [row["seconds"] for row in again["fixed"].history.rows] == [
         row["seconds"] for row in first["fixed"].history.rows
     ]
     for name, weights in first["clustered"].network.state_dict().items():
         assert torch.equal(weights, again["clustered"].network.state_dict()[name])
-    other = reshape.learn(replace(clinics, protocols=dict.fromkeys(clinics.protocols, PROTOCOLS[0])), SMALL,
-                          out=tmp_path, device="cpu")  # fmt: skip
+    alike = replace(clinics, protocols=dict.fromkeys(clinics.protocols, PROTOCOLS[0]))
+    other = reshape.learn(alike, once, out=tmp_path, device="cpu")
     assert other["fixed"].history.rows[0]["train"] != first["fixed"].history.rows[0]["train"]
 
 
