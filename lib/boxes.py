@@ -1,5 +1,6 @@
 """A coarser grid over a volume, cut out at even edges or squeezed to a shape, and the way back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,11 @@ def sample(voxels: np.ndarray, step: np.ndarray, start: np.ndarray, shape: tuple
     return ndimage.affine_transform(smooth, step, start, shape, order=1, mode=beyond)
 
 
+def middle_of(brain: np.ndarray) -> np.ndarray:
+    """The middle of the box around a brain, bool [slice, row, column], in voxels: [3]."""
+    return np.array([(s.start + s.stop - 1) / 2 for s in bounding_box(brain)])
+
+
 @dataclass(frozen=True)
 class Box:
     """`shape` voxels over a volume of `around` [slice, row, column]: the first at `start`, each `step` from the next,
@@ -27,12 +33,13 @@ class Box:
     beyond: str = "constant"
 
     @classmethod
-    def centred(cls, brain: np.ndarray, edges_mm: np.ndarray, shape: tuple[int, int, int], voxel_mm: float) -> "Box":
-        """Cubic voxels about the middle of a brain, bool [slice, row, column] with voxels of `edges_mm`: what lies
-        farther out is cut off, what is missing is 0."""
-        step = voxel_mm / np.asarray(edges_mm, float)
-        middle = np.array([(s.start + s.stop - 1) / 2 for s in bounding_box(brain)])
-        return cls(tuple(shape), step, middle - step * (np.array(shape) - 1) / 2, brain.shape)
+    def centred(
+        cls, brain: np.ndarray, edges_mm: np.ndarray, shape: tuple[int, int, int], voxel_mm: float | Sequence[float]
+    ) -> "Box":
+        """Voxels of one edge (cubic), or one for each axis, about the middle of a brain, bool [slice, row, column] with
+        voxels of `edges_mm`: what lies farther out is cut off, what is missing is 0."""
+        step = np.asarray(voxel_mm) / np.asarray(edges_mm, float)
+        return cls(tuple(shape), step, middle_of(brain) - step * (np.array(shape) - 1) / 2, brain.shape)
 
     @classmethod
     def squeezed(cls, around: tuple[int, int, int], shape: tuple[int, int, int]) -> "Box":

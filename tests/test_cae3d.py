@@ -117,7 +117,9 @@ def test_the_network_takes_any_sides_that_can_be_halved_four_times():
     assert sum(isinstance(part, torch.nn.GroupNorm) for part in network.modules()) >= 7
 
 
-@pytest.mark.parametrize("wrong", [{"box": 50}, {"width": 6}, {"code": 4}, {"voxel_mm": 0.1}, {"residual": "up"}])
+@pytest.mark.parametrize(
+    "wrong", [{"box": 50}, {"box": 16}, {"width": 6}, {"code": 4}, {"voxel_mm": 0.1}, {"residual": "up"}]
+)
 def test_settings_that_cannot_be_are_named(wrong):
     with pytest.raises(CourseError, match=next(iter(wrong))):
         cae3d.Settings(**wrong)

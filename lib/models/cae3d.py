@@ -41,6 +41,7 @@ class Settings:
     def __post_init__(self):
         check_choice("residual", self.residual, ("signed", "absolute"))
         check_least("voxel_mm", self.voxel_mm, 0.5)
+        check_least("box", self.box, 2 * HALVINGS)  # a code of one place cannot be normalised
         for name, unit in (("box", HALVINGS), ("width", GROUPS), ("code", GROUPS)):
             check_least(name, getattr(self, name), unit)
             if getattr(self, name) % unit:
@@ -52,6 +53,12 @@ def network(channels: int, width: int, code: int) -> AutoEncoder:
     are multiples of 16; nothing bypasses the code."""
     norm = ("group", {"num_groups": GROUPS})
     return AutoEncoder(3, channels, channels, (width, 2 * width, 4 * width, code), (2, 2, 2, 2), norm=norm, act="swish")
+
+
+def squared_error(forward: Forward, batch: Batch) -> torch.Tensor:
+    """Mean squared error inside the brain: where that ends is known, so no code is spent on it."""
+    error = (forward(batch["image"]) - batch["image"]) ** 2
+    return (error * batch["brain"][:, None]).sum() / (batch["brain"].sum() * error.shape[1]).clamp(min=1)
 
 
 class Volumes:
@@ -108,13 +115,7 @@ class VolumeAutoencoder(NetworkDetector):
         )  # fmt: skip
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """Squared error inside the brain: where that ends is known, so no code is spent on it."""
-        inside = batch["brain"][:, None]
-        return (
-            ((forward(batch["image"]) - batch["image"]) ** 2 * inside).sum()
-            / inside.sum().clamp(min=1)
-            / len(self.modalities)
-        )
+        return squared_error(forward, batch)
 
     def expected(self, subject: PreparedSubject) -> np.ndarray:
         """The healthy brain that the network expects, on the subject's own grid: float32 [modality, slice, row,
