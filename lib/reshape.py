@@ -240,7 +240,8 @@ def learn(
         torch.manual_seed(derived_seed(seed, "reshape", "weights"))
         network = cae3d.network(len(clinics.prepared.modalities), settings.width, settings.code)
         history = train(
-            network, cae3d.squared_error, clinics.prepared, plan, items=brought.get, checkpoint=out / f"reshape_{name}.checkpoint",
+            network, cae3d.squared_error, clinics.prepared, plan, items=brought.get,
+            checkpoint=out / f"reshape_{name}.checkpoint",
             seed=derived_seed(seed, "reshape", asdict(settings), how), device=place, resume=resume,
         )  # fmt: skip
         learnt[name] = Learnt(along[name], network, history, place)
