@@ -107,7 +107,8 @@ def test_what_it_expects_and_its_code_have_the_promised_shapes(prepared, fitted)
     assert fitted.expected(subject).shape == (2, *subject.brain.shape)
     assert fitted.redraw(subject, 3).shape == subject.image[:, 3].shape
     code = fitted.code(subject)
-    assert code.shape == (8 * 8,)
+    assert code.shape == (2 * (7 * 8 + 8),)
+    assert np.isfinite(code).all()
     assert not np.array_equal(code, fitted.code(prepared.split("test")[0]))
 
 

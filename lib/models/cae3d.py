@@ -121,7 +121,7 @@ class VolumeAutoencoder(NetworkDetector):
         """The healthy brain that the network expects, on the subject's own grid: float32 [modality, slice, row,
         column]."""
         image, inside = cut(subject, self.settings)
-        drawn = self._look(self.forward, image)[0] * inside
+        drawn = self._look(image)[0] * inside
         return np.stack([box_of(subject, self.settings).back(one) for one in drawn]) * subject.brain
 
     def redraw(self, subject: PreparedSubject, number: int) -> np.ndarray:
@@ -130,23 +130,30 @@ class VolumeAutoencoder(NetworkDetector):
 
     def maps(self, subject: PreparedSubject) -> np.ndarray:
         image, inside = cut(subject, self.settings)
-        drawn = torch.from_numpy(self._look(self.forward, image) * inside)
+        drawn = torch.from_numpy(self._look(image) * inside)
         found = residual(
             torch.from_numpy(image[None].astype(np.float32)), drawn, self.modalities, self.settings.residual
         )
         return box_of(subject, self.settings).back(found[0].numpy()) * subject.brain
 
+    @torch.inference_mode()
     def code(self, subject: PreparedSubject) -> np.ndarray:
-        """What the encoder says of a brain: its channels' means in each eighth of the cube, float32 [8 × code]."""
-        image, _ = cut(subject, self.settings)
-        return (
-            functional.adaptive_avg_pool3d(torch.from_numpy(self._look(self.network.encode, image)), 2)
-            .flatten()
-            .numpy()
-        )
+        """What the encoder says of a brain: mean and standard deviation inside it of each stage's channels, float32
+        [2 × (7 × width + code)]."""
+        self.network.eval()
+        image, inside = cut(subject, self.settings)
+        x, brain = (torch.from_numpy(v.astype(np.float32)).to(self.device)[None] for v in (image, inside[None]))
+        found = []
+        for stage in self.network.encode:
+            x = stage(x)
+            share = functional.adaptive_avg_pool3d(brain, x.shape[2:])
+            weight = share / share.sum()
+            mean = (x * weight).sum(dim=(2, 3, 4), keepdim=True)
+            found += [mean.flatten(), ((x - mean) ** 2 * weight).sum(dim=(2, 3, 4)).sqrt().flatten()]
+        return torch.cat(found).cpu().numpy()
 
     @torch.inference_mode()
-    def _look(self, part, image: np.ndarray) -> np.ndarray:
-        """What a part of the network makes of one box."""
+    def _look(self, image: np.ndarray) -> np.ndarray:
+        """What the network makes of one box, float32 [1, modality, slice, row, column]."""
         self.network.eval()
-        return part(torch.from_numpy(image[None].astype(np.float32)).to(self.device)).float().cpu().numpy()
+        return self.forward(torch.from_numpy(image[None].astype(np.float32)).to(self.device)).cpu().numpy()
