@@ -16,6 +16,11 @@ def sample(voxels: np.ndarray, step: np.ndarray, start: np.ndarray, shape: tuple
     return ndimage.affine_transform(smooth, step, start, shape, order=1, mode=beyond)
 
 
+def extent_mm(brain: np.ndarray, edges_mm: np.ndarray) -> np.ndarray:
+    """Edges in mm of the box around a brain whose voxels have `edges_mm`, [3]."""
+    return np.array([s.stop - s.start for s in bounding_box(np.asarray(brain))]) * edges_mm
+
+
 def middle_of(brain: np.ndarray) -> np.ndarray:
     """The middle of the box around a brain, bool [slice, row, column], in voxels: [3]."""
     return np.array([(s.start + s.stop - 1) / 2 for s in bounding_box(brain)])

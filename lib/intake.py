@@ -11,9 +11,10 @@ import numpy as np
 from joblib import Parallel, delayed
 
 from lib import ROOT, acquisition, datasets, dicom, phantom, privacy, volumes
+from lib.boxes import extent_mm
 from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES, Subject
 from lib.errors import CourseError, check_least
-from lib.preprocessing import CT_WINDOW, brain_mask, canonical, extent_mm, signal
+from lib.preprocessing import CT_WINDOW, brain_mask, canonical, signal
 from lib.progress import bar
 from lib.volumes import Volume
 
@@ -216,7 +217,7 @@ def _look_at_brain(record: dict, subject: Subject, scans: dict[str, Volume], les
         what = f"{subject.id}: {litres:.2f} litres are {above}, and a brain has {least} to {most}."
         record["problems"].append((what, f"Give brain-extracted scans with {outside} outside the brain."))
         return
-    record["extent_mm"] = extent_mm(brain, first).round(1).tolist()
+    record["extent_mm"] = extent_mm(brain, first.voxel_mm).round(1).tolist()
     if lesion:
         _look_at_lesion(record, subject, lesion, brain)
     elif subject.healthy is False:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.exposure import equalize_adapthist
 
-from lib.boxes import sample
+from lib.boxes import extent_mm, sample
 from lib.components import bounding_box
 from lib.errors import CourseError, check_choice, check_least
 from lib.volumes import Volume
@@ -144,11 +144,6 @@ def brain_mask(volumes: list[np.ndarray]) -> np.ndarray:
     return brain
 
 
-def extent_mm(mask: np.ndarray, volume: Volume) -> np.ndarray:
-    """Edges in mm of the box around a mask, [3]."""
-    return np.array([s.stop - s.start for s in bounding_box(mask)]) * volume.voxel_mm
-
-
 def clahe(image: np.ndarray) -> np.ndarray:
     """Equalise each slice of [slice, row, column] adaptively, keeping its range (Pizer 1987; clip limit 0.01)."""
     image = np.clip(image, 0, None)
@@ -166,7 +161,7 @@ class _Grid:
 
     @classmethod
     def around(cls, brain: np.ndarray, volume: Volume, recipe: Recipe) -> "_Grid":
-        extent = extent_mm(brain, volume)
+        extent = extent_mm(brain, volume.voxel_mm)
         side = recipe.size * recipe.pixel_mm
         if max(extent[:2]) > side:
             raise CourseError(

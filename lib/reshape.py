@@ -18,7 +18,7 @@ from monai.networks.nets import AutoEncoder
 from sklearn.cluster import KMeans
 
 from lib import metrics, single_scan
-from lib.boxes import Box, middle_of
+from lib.boxes import Box, extent_mm, middle_of
 from lib.cohort import Cohort, PreparedSubject
 from lib.components import bounding_box
 from lib.errors import CourseError, check_least
@@ -323,11 +323,6 @@ def compare(
     settings, clinics = settings or Settings(), Clinics.dealt(prepared, seed)
     learnt = learn(clinics, settings, out=out, seed=seed, device=device, resume=resume)
     return summary(measure(clinics, learnt))
-
-
-def extent_mm(brain: np.ndarray, edges_mm: np.ndarray) -> np.ndarray:
-    """Edges in mm of the box around a brain, [3]."""
-    return np.array([s.stop - s.start for s in bounding_box(np.asarray(brain))]) * edges_mm
 
 
 def _material(clinics: Clinics, split: str) -> list[PreparedSubject]:

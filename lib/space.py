@@ -12,6 +12,7 @@ from nilearn.plotting.html_stat_map import StatMapView
 from scipy import ndimage
 from skimage.measure import marching_cubes
 
+from lib.boxes import Box, extent_mm
 from lib.cohort import PreparedSubject
 from lib.components import bounding_box
 from lib.plots import FOUND, MAP_COLOURS, TRUTH
@@ -20,6 +21,7 @@ from lib.volumes import Volume
 
 PLANES = (("axial", 0), ("coronal", 1), ("sagittal", 2))  # with the axis of [slice, row, column] that it cuts
 SURFACE_MM = 4.0  # edge of the voxels of a surface: finer ones cost time and show nothing more
+VIEW_MM = 2.0  # edge of the viewer's voxels: finer ones make a page of many megabytes
 LINK = re.compile(r"<link\b[^>]*>")
 VIEW = {"width_view": 480, "cmap": MAP_COLOURS, "black_bg": True, "symmetric_cmap": False}
 
@@ -95,11 +97,12 @@ def surfaces(subject: PreparedSubject, found: np.ndarray) -> Figure:
 
 def viewer(subject: PreparedSubject, anomaly: np.ndarray, limit: float) -> StatMapView:
     """nilearn's viewer of a map [slice, row, column] above `limit` on the scan, to click through; it loads nothing."""
-    box = bounding_box(np.asarray(subject.brain))
-    offset = nibabel.affines.from_matvec(np.eye(3), [part.start for part in box[::-1]])
-    affine = subject.affine @ offset
-    scan, marks = (nibabel.Nifti1Image(np.ascontiguousarray(v[box].astype(np.float32).transpose(2, 1, 0)), affine)
-                   for v in (np.asarray(subject.image[0]), anomaly))  # fmt: skip
+    edges = subject.voxel_mm[::-1]
+    shape = np.ceil(extent_mm(np.asarray(subject.brain), edges) / VIEW_MM).astype(int)
+    box = Box.centred(np.asarray(subject.brain), edges, tuple(shape.tolist()), VIEW_MM)
+    affine = subject.affine @ nibabel.affines.from_matvec(np.diag(box.step[::-1]), box.start[::-1])
+    scan, marks = (nibabel.Nifti1Image(np.ascontiguousarray(box.cut(v).transpose(2, 1, 0)), affine)
+                   for v in (subject.image[0], anomaly))  # fmt: skip
     with plt.rc_context({"image.origin": "upper"}):  # the viewer counts its rows from the top
         view = view_img(marks, bg_img=scan, threshold=limit, vmax=3 * limit, title=subject.id, **VIEW)
     view.html = LINK.sub("", view.html)
