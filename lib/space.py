@@ -89,7 +89,7 @@ def surfaces(subject: PreparedSubject, found: np.ndarray) -> Figure:
         _surface(axis, subject, np.asarray(subject.brain), "#9aa5b1", 0.08)
         _surface(axis, subject, mask, colour, 0.9)
         axis.set_title(f"{subject.id}, {name}: {millilitres(subject, mask):.1f} ml")
-        axis.set_aspect("equal")
+        axis.set_box_aspect(np.ptp([axis.get_xlim(), axis.get_ylim(), axis.get_zlim()], axis=1), zoom=1.45)
         axis.view_init(elev=20, azim=-60)
         axis.set_axis_off()
     return figure
