@@ -421,13 +421,11 @@ def test_a_run_without_a_cohort_is_refused(tmp_path, scan, root):
 def test_a_real_series_comes_back_on_its_own_geometry_and_leaves_no_name(run, tmp_path, capsys):
     series = REAL / "dicom_sag_t1"
     volume = dicom.read(series)
-    with pytest.raises(CourseError, match="more than a brain"):
-        detection.detect({"": series}, run, METHOD)
     half = (np.indices(volume.voxels.shape).T / np.array(volume.voxels.shape) - (0.5, 0.45, 0.5)).T
     brain = (half**2).sum(axis=0) < 0.28**2
     volumes.write(tmp_path / "mask.nii.gz", brain.astype(np.uint8), volume.affine)
     named = tmp_path / "1.3.12.2.1107.5.2.19.45152"
-    shutil.copytree(series, named)
+    named.symlink_to(series)
     call = ["--run", str(run), "--method", METHOD, "--out", str(tmp_path / "out"), "--threshold", "0.9"]
     assert detect.main([str(named), "--mask", str(tmp_path / "mask.nii.gz"), *call]) == 0
     image = nibabel.load(tmp_path / "out" / "anomaly.nii.gz")
