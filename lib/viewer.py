@@ -148,9 +148,9 @@ class SliceViewer(widgets.VBox):
             if name in ("scan", "plane"):
                 self._fit_slices()
             if name in ("scan", "method", "step"):
-                self._take_map()
-            if name == "threshold" and self.promise:
-                self.rate = self.promise.rate(self["threshold"])
+                self._take_map(keeping=name == "step")
+            if name == "threshold" and self.promise and np.isfinite(rate := self.promise.rate(self["threshold"])):
+                self.rate = rate
             if name in ("scan", "method", "step", "threshold"):
                 self._detect()
             self.place[PLANES[self["plane"]]] = self["slice"]
@@ -174,18 +174,20 @@ class SliceViewer(widgets.VBox):
         control.max = self.case.brain.shape[axis] - 1
         control.value = self.place[axis]
 
-    def _take_map(self) -> None:
-        """The map after its step; the threshold moves to where it promises what the one before did."""
+    def _take_map(self, keeping: bool) -> None:
+        """The map after its step; the threshold moves to where it promises what the one before did. Without a promise
+        it stays if `keeping`, or else is the top of the colours."""
         method, step = self["method"], self["step"]
         self.code = self.codes(self["scan"], method, step)
         values = values_of(self.code[self.case.brain]).astype(float)
         self.top = float(np.percentile(values, SCALE_PERCENTILE)) or float(values.max()) or 1.0
         self.promise = self._promise(method, "none" if step in postprocessing.OF_DETECTIONS else step)
-        wanted = self.promise.threshold(self.rate) if self.promise else self.top
-        highest = np.nextafter(np.float16(values.max()), np.float16(np.inf))
-        control, limit = self.controls["threshold"], float(min(wanted, max(highest, 1e-3)))
+        control, highest = self.controls["threshold"], float(np.nextafter(np.float16(values.max()), np.float16(np.inf)))
+        unpromised = control.value if keeping else self.top
+        limit = self.promise.threshold(self.rate) if self.promise else unpromised
+        limit = limit if np.isfinite(limit) else highest
         with control.hold_trait_notifications():  # or the old range would cut the new value
-            control.min, control.max = min(0.0, float(values.min()), limit), max(float(highest), limit)
+            control.min, control.max = min(0.0, float(values.min()), limit), max(highest, limit)
             control.value, control.step = limit, (control.max - control.min) / SLIDER_STEPS
         self.controls["reconstruction"].disabled = method not in self.case.redraws
 
