@@ -362,8 +362,9 @@ def test_a_map_that_cannot_be_shown_is_refused_by_name(anomaly):
 
 
 def test_nothing_to_look_at_is_refused(run):
-    with pytest.raises(CourseError, match="no scan"):
-        SliceViewer([])
+    for none in ([], [made(), made()]):
+        with pytest.raises(CourseError, match="no scan"):
+            SliceViewer(none)
     with pytest.raises(CourseError, match="'unknown' has no anomaly maps"):
         viewer.of_run("unknown", run)
 
@@ -381,10 +382,19 @@ def test_damage_met_while_looking_is_said_and_the_viewer_goes_on(run):
     look = viewer.of_run("run", run)
     look.controls["method"].value = "intensity"
     assert path.name in look.notice.value
+    kept = look.picture.content
+    look.controls["slice"].value = 3  # the picture of another method is not shown under this one's name
+    look.save.click()
+    look.picture.pointer = [100.0, 100.0]
+    assert look.picture.content == kept
+    assert path.name in look.notice.value
+    assert look.under.value == ""
     with pytest.raises(CourseError, match=path.name):
-        look.show(method="ae").show(method="intensity")
+        look.export(path.parent)
+    with pytest.raises(CourseError, match=path.name):
+        look.show(slice=4)
     path.write_bytes(content)
-    look.show(method="ae", slice=4).show(method="intensity")
+    look.show(slice=5)
     assert look.notice.value == ""
     assert "intensity" in look.picture.alt
 
