@@ -104,17 +104,20 @@ def grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _method(run: str, name: str, own: Cohort, subjects: list[PreparedSubject]) -> dict:
-    """Name, unit, frozen threshold and `top` of the colour scale, the highest 99.5th percentile inside the brains that
-    are shown or the threshold; `maps` by subject. Raises CourseError as scoring.read_map does."""
+    """Name, unit, frozen threshold (`code` and `limit`) and `top` of the colour scale, the highest 99.5th percentile
+    inside the brains that are shown, or the threshold; `maps` by subject.
+
+    Raises CourseError as scoring.read_map does, and for values that are not finite.
+    """
     maps = {s.id: scoring.read_map(run, name, s, own)[0] for s in subjects}
     code = evaluation.frozen_threshold(run, name, own)
-    limit = metrics.value_of(code) if code < metrics.CODES else math.inf
+    limit = metrics.value_of(min(code, metrics.CODES - 1))  # the last code is no number
     tops = [float(np.percentile(maps[s.id][s.brain].astype(np.float32), 99.5)) for s in subjects]
-    top = max([*tops, limit] if math.isfinite(limit) else tops, default=0)
+    top = max([1e-6, limit, *tops])
+    if not np.isfinite([limit, *tops]).all():
+        raise CourseError(f"The maps of {name} hold values that are not finite.", "Train it again.")
     unit = METHODS[name].format(_intensity(own, own.modalities[0])[2])
-    top = max(top, 1e-6)
-    scale = {"top": top, "limit": limit, "marks": math.isfinite(limit), "place": 100 * min(max(limit / top, 0), 1)}
-    return {"name": name, "unit": unit, "code": code, "maps": maps} | scale
+    return {"name": name, "unit": unit, "code": code, "limit": limit, "top": top, "maps": maps}
 
 
 def _intensity(own: Cohort, modality: str) -> tuple[float, float, str]:

@@ -21,7 +21,8 @@ def write(folder, *, healthy=(3, 2, 2), patients=3, modalities=("FLAIR",), train
         _subject(folder / f"s{i:02d}", random, split, well, modalities) for i, (split, well) in enumerate(roles)
     ]
     manifest = {
-        "format": cohort.FORMAT, "hash": f"cohort{seed}", "recipe": {"modalities": modalities, "size": SIZE},
+        "format": cohort.FORMAT, "hash": f"cohort{seed}",
+        "recipe": {"modalities": modalities, "size": SIZE, "normalisation": "p99"},
         "training": training, "subjects": subjects, "left_out": [],
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
