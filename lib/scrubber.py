@@ -37,7 +37,7 @@ INTENSITIES = {  # ends and unit of the grey scale by normalisation
 }
 COLUMNS = 12  # tiles in a row of a sprite
 BLOCK = 8  # pixels, to multiples of which tiles are filled up
-MOST_PIXELS = 20_000_000  # of all volumes; where there are more, every second pixel is shown, or every third
+MOST_PIXELS = 25_000_000  # of all volumes; where there are more, every second pixel is shown, or every third
 MOST_BYTES = 2_000_000  # of the lossy sprites; as text a third more
 QUALITIES = (85, 75, 60, 45, 30, 15)  # of WebP: the first with which they are small enough, or the last
 STOPS = 33  # of the colour scale
@@ -66,14 +66,14 @@ def read(folder: Path) -> dict | None:
         return None
     still = _still(subjects[0], methods)
     shown = [_subject(s, [m["maps"][s.id] for m in methods], methods, own) for s in subjects]
-    _encode(shown)
+    quality = _encode(shown)
     return {"subjects": shown, "methods": methods, "left_out": left_out, "still": still, "colours": _colours(),
-            "outlines": {"truth": plots.TRUTH, "found": plots.FOUND}, "columns": COLUMNS,
+            "outlines": {"truth": plots.TRUTH, "found": plots.FOUND}, "columns": COLUMNS, "quality": quality,
             "rate": metrics.PROMISED_FPR, "training": own.training}  # fmt: skip
 
 
 def chosen(own: Cohort) -> list[PreparedSubject]:
-    """Test patients of large, middle and small lesion volume, the middles of its thirds, and a healthy test subject."""
+    """Test patients of large, medium and small lesion volume, the middles of its thirds, and a healthy test subject."""
     test = sorted(own.split("test"), key=lambda s: s.id)
     sick = sorted((s for s in test if np.any(s.lesion)), key=millilitres, reverse=True)
     places = dict.fromkeys((2 * third + 1) * len(sick) // 6 for third in range(3) if sick)
@@ -150,9 +150,9 @@ def _areas(mask: np.ndarray, pixel: float) -> list[int]:
     return np.rint(mask.sum(axis=(1, 2)) * pixel).astype(int).tolist()
 
 
-def _encode(subjects: list[dict]) -> None:
+def _encode(subjects: list[dict]) -> int:
     """Turn each subject's layers into `sprites`, together small enough for a page; `rows` of tiles, `tile`: a tile's
-    width and height in pixels, every `step`-th of the slice's."""
+    width and height in pixels, every `step`-th of the slice's. Returns the quality of the lossy ones."""
     volumes = [layer for s in subjects for layer in s["layers"].values()]
     step = max(1, math.ceil(math.sqrt(sum(v.size for v in volumes if v.dtype == np.uint8) / MOST_PIXELS)))
     drawn = [{name: tiled(layer, step) for name, layer in s.pop("layers").items()} for s in subjects]
@@ -165,6 +165,7 @@ def _encode(subjects: list[dict]) -> None:
         height, width = sprites["scan"].shape
         subject |= {"sprites": {name: _uri(content) for name, content in of.items()}, "rows": rows, "step": step}
         subject["tile"] = (width // COLUMNS, height // rows)
+    return quality
 
 
 def _coded(sprite: np.ndarray, quality: int) -> bytes:

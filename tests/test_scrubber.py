@@ -162,6 +162,19 @@ def test_the_page_loads_nothing_and_says_what_it_shows(made):
     assert "random" not in text
 
 
+def test_without_javascript_a_slice_with_lesion_stands_there_still(made):
+    prepared, folder = made
+    page, subject = soup_of(folder), scrubber.chosen(prepared)[0]
+    there, *others = page.select("section")
+    numbers = dict(re.findall(r"--(\w+): (\d+)", there["style"]))
+    place = int(numbers["row"]) * int(numbers["columns"]) + int(numbers["column"])
+    assert subject.lesion[box_of(subject)][place].any()
+    assert not there.has_attr("hidden")
+    assert all(other.has_attr("hidden") for other in others)
+    assert page.select_one("form").has_attr("hidden")
+    assert "Without JavaScript" in page.select_one("noscript").text
+
+
 def test_a_flat_map_marks_nothing(made):
     _, folder = made
     for section in sections(folder).values():
@@ -200,7 +213,7 @@ def test_the_same_run_gives_the_same_bytes_and_leaves_no_figure_open(made):
 @pytest.mark.parametrize(
     ("patients", "expected"), [(9, [7, 4, 1]), (4, [3, 1, 0]), (3, [2, 1, 0]), (2, [1, 0]), (1, [0]), (0, [])]
 )
-def test_patients_stand_for_large_middle_and_small_lesions(tmp_path, monkeypatch, patients, expected):
+def test_patients_stand_for_large_medium_and_small_lesions(tmp_path, monkeypatch, patients, expected):
     prepared = made_cohort.write(tmp_path, patients=patients)
     sick = [s for s in prepared.split("test") if not s.healthy]
     sizes = {s.id: i + 1.0 for i, s in enumerate(sick)}
@@ -273,6 +286,7 @@ def test_large_cohorts_get_coarser_pictures_and_a_page_below_the_limit(tmp_path,
     fine = scrubber.read(folder)
     monkeypatch.setattr(scrubber, "MOST_BYTES", 1)
     poor = scrubber.read(folder)
+    assert (fine["quality"], poor["quality"]) == (scrubber.QUALITIES[0], scrubber.QUALITIES[-1])
     assert len(str(poor["subjects"])) < 0.8 * len(str(fine["subjects"]))
     monkeypatch.setattr(scrubber, "MOST_PIXELS", 20_000)
     report.write(folder)
