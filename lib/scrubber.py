@@ -38,8 +38,8 @@ INTENSITIES = {  # ends and unit of the grey scale by normalisation
 COLUMNS = 12  # tiles in a row of a sprite
 BLOCK = 8  # pixels, to multiples of which tiles are filled up
 MOST_PIXELS = 25_000_000  # of all volumes; where there are more, every second pixel is shown, or every third
-MOST_BYTES = 2_000_000  # of the lossy sprites; as text a third more
-QUALITIES = (85, 75, 60, 45, 30, 15)  # of WebP: the first with which they are small enough, or the last
+MOST_BYTES = 2_000_000  # of all sprites; as text a third more
+QUALITIES = (85, 75, 60, 45, 30, 15)  # of WebP: the first with which sprites are small enough, or the last
 STOPS = 33  # of the colour scale
 
 
@@ -75,14 +75,9 @@ def read(folder: Path) -> dict | None:
 def chosen(own: Cohort) -> list[PreparedSubject]:
     """Test patients of large, medium and small lesion volume, the middles of its thirds, and a healthy test subject."""
     test = sorted(own.split("test"), key=lambda s: s.id)
-    sick = sorted((s for s in test if np.any(s.lesion)), key=millilitres, reverse=True)
+    sick = sorted((s for s in test if _lesion_ml(s)), key=_lesion_ml, reverse=True)
     places = dict.fromkeys((2 * third + 1) * len(sick) // 6 for third in range(3) if sick)
     return [sick[i] for i in places] + [s for s in test if s.healthy][:1]
-
-
-def millilitres(subject: PreparedSubject) -> float:
-    """The lesion's volume in ml."""
-    return float(np.sum(subject.lesion) * subject.voxel_mm.prod() / 1000)
 
 
 def tiled(stack: np.ndarray, step: int = 1) -> np.ndarray:
@@ -101,6 +96,10 @@ def tiled(stack: np.ndarray, step: int = 1) -> np.ndarray:
 def grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Values as uint8, `low` and less 0, `high` and more 255."""
     return np.rint(np.clip((values.astype(np.float32) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+
+
+def _lesion_ml(subject: PreparedSubject) -> float:
+    return subject.facts["prepared_lesion_ml"]
 
 
 def _method(run: str, name: str, own: Cohort, subjects: list[PreparedSubject]) -> dict:
@@ -141,7 +140,7 @@ def _subject(subject: PreparedSubject, maps: list[np.ndarray], methods: list[dic
         marked[name], hits[name] = _areas(found, pixel), _areas(found & truth, pixel)
     slices = {"first": box[0].start, "last": box[0].stop - 1, "start": plots.most_lesion(subject), "columns": COLUMNS}
     slices |= {"id": subject.id, "truth": _areas(truth, pixel), "marked": marked, "hits": hits}
-    return {"id": subject.id, "healthy": subject.healthy, "ml": millilitres(subject), "voxel_mm": subject.voxel_mm,
+    return {"id": subject.id, "healthy": subject.healthy, "ml": _lesion_ml(subject), "voxel_mm": subject.voxel_mm,
             "modality": own.modalities[number], "low": low, "high": high, "unit": unit, "layers": layers,
             "slices": slices}  # fmt: skip
 
@@ -151,8 +150,8 @@ def _areas(mask: np.ndarray, pixel: float) -> list[int]:
 
 
 def _encode(subjects: list[dict]) -> int:
-    """Turn each subject's layers into `sprites`, together small enough for a page; `rows` of tiles, `tile`: a tile's
-    width and height in pixels, every `step`-th of the slice's. Returns the quality of the lossy ones."""
+    """Turn each subject's layers into `sprites`, together small enough for a page, and return their quality; `tile`: a
+    tile's width and height in pixels, every `step`-th of the slice's."""
     volumes = [layer for s in subjects for layer in s["layers"].values()]
     step = max(1, math.ceil(math.sqrt(sum(v.size for v in volumes if v.dtype == np.uint8) / MOST_PIXELS)))
     drawn = [{name: tiled(layer, step) for name, layer in s.pop("layers").items()} for s in subjects]
@@ -163,7 +162,7 @@ def _encode(subjects: list[dict]) -> int:
     for subject, of, sprites in zip(subjects, coded, drawn, strict=True):
         rows = -(-len(subject["slices"]["truth"]) // COLUMNS)
         height, width = sprites["scan"].shape
-        subject |= {"sprites": {name: _uri(content) for name, content in of.items()}, "rows": rows, "step": step}
+        subject |= {"sprites": {name: _uri(content) for name, content in of.items()}, "step": step}
         subject["tile"] = (width // COLUMNS, height // rows)
     return quality
 

@@ -52,5 +52,6 @@ def _subject(folder, random, split, healthy, modalities):
         "missing": [],
         "acquisition": {m: {} for m in modalities},
         "shape": brain.shape,
+        "prepared_lesion_ml": round(float(lesion.sum() * 0.008), 3),
         "lesion_slices": np.flatnonzero(lesion.any(axis=(1, 2))).tolist(),
     }
