@@ -173,6 +173,7 @@ def test_without_javascript_a_slice_with_lesion_stands_there_still(made):
     assert subject.lesion[box_of(subject)][place].any()
     assert not there.has_attr("hidden")
     assert all(other.has_attr("hidden") for other in others)
+    assert there.select_one("[data-areas=truth]").text == f"Slice {place + 1}."
     assert page.select_one("form").has_attr("hidden")
     assert "Without JavaScript" in page.select_one("noscript").text
 
