@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
+from warnings import catch_warnings
 
 import nibabel
 import numpy as np
@@ -438,7 +439,10 @@ def _pictures(found: Found) -> dict:
     figure.savefig(content, format="png")
     plt.close(figure)
     planes = f"data:image/png;base64,{b64encode(content.getvalue()).decode()}"
-    return {"planes": planes, "viewer": space.viewer(subject, found.prepared, limit).html if len(brain) > 1 else ""}
+    if len(brain) == 1:
+        return {"planes": planes, "viewer": ""}
+    with catch_warnings(action="ignore", category=UserWarning):  # where nothing reaches the limit, the page says so
+        return {"planes": planes, "viewer": space.viewer(subject, found.prepared, limit).html}
 
 
 def _slice_alone(found: Found, limit: float):
