@@ -291,6 +291,8 @@ def _placed(scans: Mapping[str, Path], prepared: Cohort) -> tuple[dict[str, Path
             warnings.append(f"Nothing says which modality the scan is; it is taken as {stands_for}.")
         elif own != stands_for:
             warnings.append(f"The scan seems to be {own}, and stands in for {stands_for}, which the detector learnt.")
+        if stands_for in named:
+            raise CourseError(f"Two scans are {stands_for}.", "Give one of them, or say what the other is.")
         named[stands_for] = Path(path)
     missing = [m for m in wanted if m not in named]
     if missing and not (prepared.incomplete and len(missing) < len(wanted)):

@@ -338,6 +338,8 @@ def test_a_run_of_several_modalities_asks_for_each(two, tmp_path, write_subject,
     folder = detection.detect(detection.scans_of(person, two), two, METHOD)
     written = nibabel.load(tmp_path / "out" / "anomaly.nii.gz")
     np.testing.assert_array_equal(np.asarray(written.dataobj, np.float32), folder.anomaly)
+    with pytest.raises(CourseError, match="Two scans are FLAIR"):
+        detection.detect({"": flair, "FLAIR": t2}, two, METHOD)
     shutil.copy(flair, person / "n_t2f.nii.gz")
     with pytest.raises(CourseError, match="both claim to be FLAIR"):
         detection.scans_of(person, two)
