@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -17,11 +18,13 @@ from joblib import Parallel, delayed
 from scipy import ndimage
 
 from lib import ROOT, dicom, privacy, run_folder, volumes
-from lib.datasets import Subject, read_scan
+from lib.datasets import Subject, hidden_names, read_scan
 from lib.errors import CourseError, check_choice
-from lib.intake import LESION_FREE, Gathered, examine, is_healthy
-from lib.preprocessing import OwnGrid, Recipe, prepare
+from lib.intake import BRAIN_LITRES, LESION_FREE, Gathered, examine_scan, is_healthy
+from lib.pictures import is_picture
+from lib.preprocessing import OwnGrid, Prepared, Recipe, between_empty, canonical, extracted, prepare
 from lib.progress import bar
+from lib.volumes import Volume
 
 FORMAT = 5  # of a subject's folder and all that is kept in it: raise it when one of them comes out differently
 LEAST_BRAIN = 0.05  # of a slice's square; emptier slices teach nothing
@@ -50,26 +53,32 @@ def prepare_cohort(gathered: Gathered, recipe: Recipe) -> Path:
     return folder
 
 
-def prepare_scan(scans: Mapping[str, Path], recipe: Recipe) -> "PreparedSubject":
+def prepare_scan(scans: Mapping[str, Path], recipe: Recipe, brain: Path | None = None) -> "PreparedSubject":
     """Prepare one person's brain-extracted scans outside any cohort, without a lesion mask, named after the first file.
 
-    `scans`: the file of each of the recipe's modalities. Kept in `data/prepared/scans`; raises CourseError that lists
-    what the examination finds wrong with the files.
+    `scans`: a file for each of the recipe's modalities that there is; `brain`: a mask on their grid, above 0 in the
+    brain, for scans that show more. Kept in `data/prepared/scans`; its facts have `scan_shape` and `scan_affine`, the
+    grid of the first file, `missing`, `notes` of reading and `unoriented` files. Raises CourseError that lists what
+    the examination finds wrong with the files.
     """
-    first = Path(scans[recipe.modalities[0]])
-    name = "scan" if privacy.leads(first.name, dicom.patient(first)) else first.name.partition(".nii")[0]
-    subject = Subject(name, {m: Path(scans[m]) for m in recipe.modalities})
-    record = examine((subject,), recipe.modalities, recipe.size * recipe.pixel_mm)[name]
+    subject = _alone({m: Path(scans[m]) for m in recipe.modalities if m in scans})
+    read = {m: read_scan(path) for m, path in subject.scans.items()}
+    grid, name = next(iter(read.values())), subject.id
+    ready = _extracted(subject, read, brain) if brain else read
+    record = examine_scan(subject, ready, recipe.size * recipe.pixel_mm)
     if record["problems"]:
-        raise CourseError("\n".join(what for what, _ in record["problems"]), record["problems"][0][1])
+        raise _refusal(name, record, brain)
     content = json.dumps([FORMAT, asdict(recipe), name, record["identity"]], sort_keys=True)
     folder = ROOT / "data" / "prepared" / "scans" / hashlib.sha256(content.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / name / "facts.json").exists():
-        _prepare_subject(subject, recipe, folder)
+        thick = {m: between_empty(v) if v.voxels.shape[2] == 1 else v for m, v in ready.items()}
+        _write_subject(prepare(thick, None, recipe), folder / name)
     facts = json.loads((folder / name / "facts.json").read_bytes())
     about = {"id": name, "split": "", "healthy": False, "modality": "+".join(recipe.modalities)}
-    about["acquisition"] = record["acquisition"]
+    about |= {"acquisition": record["acquisition"], "missing": [m for m in recipe.modalities if m not in scans]}
+    about |= {"scan_shape": grid.voxels.shape, "scan_affine": grid.affine.tolist()}
+    about |= {"notes": record["notes"], "unoriented": record["unoriented"]}
     return PreparedSubject.load(folder / name, about | facts)
 
 
@@ -278,13 +287,15 @@ def _parallel(jobs, count: int) -> Iterator:
 
 
 def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path) -> None:
-    target = folder / subject.id
-    if target.exists() and not (target / "facts.json").exists():  # damaged: whole folders are moved in at once
-        shutil.rmtree(target)
     scans = {m: read_scan(subject.scans[m]) for m in subject.having(recipe.modalities)}
     lesion = read_scan(subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
-    prepared = prepare(scans, lesion, recipe)
-    place = folder / f".{subject.id}-{uuid.uuid4().hex}"
+    _write_subject(prepare(scans, lesion, recipe), folder / subject.id)
+
+
+def _write_subject(prepared: Prepared, target: Path) -> None:
+    if target.exists() and not (target / "facts.json").exists():  # damaged: whole folders are moved in at once
+        shutil.rmtree(target)
+    place = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     place.mkdir()
     np.save(place / "image.npy", prepared.image.astype(np.float16))
     np.save(place / "brain.npy", prepared.brain)
@@ -305,6 +316,31 @@ def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path) -> None:
         shutil.rmtree(place)
         if not (target / "facts.json").exists():  # otherwise another run was quicker
             raise
+
+
+def _alone(scans: Mapping[str, Path]) -> Subject:
+    """Someone known by these files alone."""
+    first = next(iter(scans.values()))
+    name = re.sub(r"\.nii(\.gz)?$", "", first.name) if not is_picture(first) else first.stem
+    subject = Subject("scan" if privacy.leads(first.name, dicom.patient(first)) else name, scans)
+    return replace(subject, hidden=hidden_names(subject))
+
+
+def _extracted(subject: Subject, scans: Mapping[str, Volume], brain: Path) -> dict[str, Volume]:
+    inside = read_scan(brain, constant_allowed=True)
+    one, other = canonical(next(iter(scans.values()))), canonical(inside)
+    if not volumes.same_grid(one.voxels.shape, one.affine, other.voxels.shape, other.affine):
+        first = subject.hiding(next(iter(subject.scans.values())).name)
+        raise CourseError(f"{brain} lies on another grid than {first}.", "Give the mask that belongs to this scan.")
+    return {m: extracted(m, scan, inside) for m, scan in scans.items()}
+
+
+def _refusal(name: str, record: dict, brain: Path | None) -> CourseError:
+    litres, most = record["brain_litres"], BRAIN_LITRES[1]
+    if litres > most and not brain:
+        what = f"{name} shows more than a brain: {litres:.2f} litres are above 0, and a brain has at most {most:g}."
+        return CourseError(what, "Give a brain-extracted scan, or a mask of its brain by --mask.")
+    return CourseError("\n".join(what for what, _ in record["problems"]), record["problems"][0][1])
 
 
 def _acquisition(found: dict, subject: Subject, recipe: Recipe) -> dict[str, dict]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import acquisition as acquired
-from lib import dicom, privacy, volumes
+from lib import dicom, pictures, privacy, volumes
 from lib.errors import CourseError
 from lib.volumes import SUFFIXES, Volume
 
@@ -151,7 +151,9 @@ def acquisition(path: Path) -> dict[str, str | float]:
 
 
 def read_scan(path: Path, **options) -> Volume:
-    """A NIfTI file, or a folder that is a DICOM series, as `volumes.read` and `dicom.read`."""
+    """A NIfTI file, a picture, or a folder that is a DICOM series, as `volumes.read`, `pictures.read`, `dicom.read`."""
+    if pictures.is_picture(path):
+        return pictures.read(path)
     return dicom.read(path) if dicom.is_series(path) else volumes.read(path, **options)
 
 
@@ -167,11 +169,15 @@ def parse_modalities(text: str) -> tuple[str, ...]:
 
 
 def modality_of(path: Path) -> str:
-    """The modality that a scan's name ends in, as `_flair.nii.gz`; CourseError where it ends in none."""
-    match = _BRATS_NAME.fullmatch(f"_{Path(path).name}")
-    found = _BRATS_ENDINGS[match[1].lower()] if match else "lesion"
-    if found == "lesion":
-        raise CourseError(f"The name of {path} does not end in a modality.", f"Name it: {', '.join(MODALITIES)}.")
+    """The modality that a scan's name ends in, as `_flair.nii.gz` or BIDS, or its folder's name or the scanner's times
+    make; CourseError where none does."""
+    name = Path(path).name
+    match, bids = _BRATS_NAME.fullmatch(f"_{name}"), _BIDS_NAME.fullmatch(name)
+    ending = _bids_what(bids) if bids else _BRATS_ENDINGS[match[1].lower()] if match else None
+    found = ending or _DICOM_FOLDERS.get(name.lower()) or dicom.weighting(acquisition(path))
+    if found in ("lesion", None):
+        what = f"The name of {privacy.shown(Path(path), dicom.patient(path))} does not end in a modality."
+        raise CourseError(what, f"Name it: {', '.join(MODALITIES)}.")
     return found
 
 
@@ -265,7 +271,7 @@ def _dicom(folder: Path) -> tuple[list[Subject], list[str]]:
     known = frozenset().union(*map(dicom.patient, places))
     shown = partial(privacy.shown, known=known)
     subjects, notes = _of_series(folder, files, {place: owner(place) for place in places}, modality, shown)
-    return [replace(s, hidden=_hidden(s)) for s in subjects], notes
+    return [replace(s, hidden=hidden_names(s)) for s in subjects], notes
 
 
 def _rsna_miccai(folder: Path) -> tuple[list[Subject], list[str]]:
@@ -300,7 +306,8 @@ def _of_series(
     return _grouped(folder, [*owners, *scans], meaning, shown)
 
 
-def _hidden(subject: Subject) -> frozenset[str]:
+def hidden_names(subject: Subject) -> frozenset[str]:
+    """The names in the paths of a subject's scans that lead to a person."""
     known = frozenset().union(*(dicom.patient(path) for path in subject.scans.values()))
     paths = [*subject.scans.values(), *filter(None, [subject.lesion_mask])]
     names = {subject.id, *(part for path in paths for part in path.parts)}

@@ -119,12 +119,33 @@ def examine(subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm:
     return _with_square(_with_duplicates(records), side_mm)
 
 
+def examine_scan(subject: Subject, scans: Mapping[str, Volume], side_mm: float) -> dict:
+    """The record of one person's scans that are read already, as `examine` gives it. Of a single slice, the brain may
+    be of any volume up to the usual."""
+    record = _record()
+    flat = all(scan.voxels.shape[2] == 1 for scan in scans.values())
+    _look(record, subject, scans, None, (0.0, BRAIN_LITRES[1]) if flat else BRAIN_LITRES)
+    return _with_square(_with_duplicates({subject.id: record}), side_mm)[subject.id]
+
+
+def _record() -> dict:
+    return {
+        "problems": [], "checksums": {}, "identity": "", "brain_litres": 0.0, "extent_mm": [0, 0, 0], "lesion_ml": 0.0,
+        "lesion_outside_brain_ml": 0.0, "lesion_labels": [], "unoriented": [], "acquisition": {}, "series": {},
+        "notes": {},
+    }  # fmt: skip
+
+
 def _examine_subject(subject: Subject, modalities: tuple[str, ...]) -> dict:
-    record = {"problems": [], "checksums": {}, "identity": "", "brain_litres": 0.0, "extent_mm": [0, 0, 0]}
-    record |= {"lesion_ml": 0.0, "lesion_outside_brain_ml": 0.0, "lesion_labels": [], "unoriented": []}
-    record |= {"acquisition": {}, "series": {}, "notes": {}}
+    record = _record()
     scans = {m: _attempt(record, subject.scans[m]) for m in subject.having(modalities)}
     lesion = _attempt(record, subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
+    _look(record, subject, scans, lesion, BRAIN_LITRES)
+    return record
+
+
+def _look(record: dict, subject: Subject, scans: Mapping[str, Volume | None], lesion: Volume | None, litres) -> None:
+    """Fill a record; `litres`: the least and the most that a brain may have."""
     for modality, volume in scans.items():
         if volume:
             record["checksums"][modality] = volumes.checksum(volume.voxels)
@@ -133,9 +154,8 @@ def _examine_subject(subject: Subject, modalities: tuple[str, ...]) -> dict:
             _look_at_acquisition(record, modality, subject.scans[modality], volume)
     if not record["problems"]:
         record["identity"] = _content([*scans.values(), lesion])
-        _look_at_brain(record, subject, scans, lesion)
+        _look_at_brain(record, subject, scans, lesion, litres)
     record["problems"] = [(_told(subject, what), cure) for what, cure in record["problems"]]
-    return record
 
 
 def _told(subject: Subject, what: str) -> str:
@@ -198,7 +218,9 @@ def _hounsfield_problems(path, volume: Volume):
         yield what, "Give brain-extracted scans with one value outside the brain."
 
 
-def _look_at_brain(record: dict, subject: Subject, scans: dict[str, Volume], lesion: Volume | None) -> None:
+def _look_at_brain(
+    record: dict, subject: Subject, scans: Mapping[str, Volume], lesion: Volume | None, allowed: tuple[float, float]
+) -> None:
     scans, lesion = {m: canonical(v) for m, v in scans.items()}, canonical(lesion) if lesion else None
     first, *others = scans.values()
     paths = [*[subject.scans[m] for m in scans][1:], subject.lesion_mask]
@@ -211,9 +233,9 @@ def _look_at_brain(record: dict, subject: Subject, scans: dict[str, Volume], les
     brain = brain_mask([signal(m, v.voxels) for m, v in scans.items()])
     litres = float(brain.sum() * first.millilitres / 1000)
     record["brain_litres"] = round(litres, 3)
-    if not BRAIN_LITRES[0] <= litres <= BRAIN_LITRES[1]:
+    least, most = allowed
+    if not least <= litres <= most:
         above, outside = ("not background", "one value") if "CT" in scans else ("above 0", "0")
-        least, most = BRAIN_LITRES
         what = f"{subject.id}: {litres:.2f} litres are {above}, and a brain has {least} to {most}."
         record["problems"].append((what, f"Give brain-extracted scans with {outside} outside the brain."))
         return

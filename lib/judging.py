@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy import ndimage
 
 from lib import metrics, postprocessing, scoring
 from lib.cohort import Cohort, PreparedSubject
@@ -26,7 +25,7 @@ from lib.metrics import (
     threshold_code,
     values_of,
 )
-from lib.preprocessing import OwnGrid
+from lib.preprocessing import OwnGrid, resampled
 
 LOOSE_FPR = 0.05  # share of healthy validation voxels above the second threshold
 PROMISED_ALARMS = 0.05  # share of healthy scans with more than 1 % of their voxels above the conformal threshold
@@ -172,8 +171,7 @@ def _healthy_counts(scored: Scored, steps: Sequence[str]) -> tuple[dict[str, np.
 
 def _on_own_grid(own: OwnGrid, affine: np.ndarray, box: tuple[slice, ...], usable: np.ndarray) -> Ground:
     """A scan's own voxels; those count as healthy whose place lies in a prepared slice that does."""
-    between = np.linalg.inv(affine) @ own.affine
-    step, start = np.diag(between)[2::-1], between[2::-1, 3]
+    step, start = own.within(affine)
     slices = np.clip(np.round(start[0] + step[0] * np.arange(len(own.brain))).astype(int), 0, len(usable) - 1)
     healthy = own.brain & usable[slices, None, None]
     return Ground(own.brain, own.lesion, healthy, _voxel_mm3(own.affine), step, start - [s.start for s in box])
@@ -184,12 +182,8 @@ def _voxel_mm3(affine: np.ndarray) -> float:
 
 
 def _resampled(code: np.ndarray, brain: np.ndarray, ground: Ground) -> np.ndarray:
-    """A map at the places that are judged, linearly between its voxels; at the edge of the brain from those inside."""
-    placed = {"matrix": ground.step, "offset": ground.start, "output_shape": ground.brain.shape, "order": 1,
-              "mode": "constant"}  # fmt: skip
-    values = ndimage.affine_transform(values_of(code).astype(np.float32) * brain, **placed)
-    weight = ndimage.affine_transform(brain.astype(np.float32), **placed)
-    return codes(np.divide(values, weight, out=np.zeros_like(values), where=weight > 1e-3))
+    """A map at the places that are judged."""
+    return codes(resampled(values_of(code), brain, ground.step, ground.start, ground.brain.shape))
 
 
 def _detection(code: np.ndarray, ground: Ground, threshold: int, step: str) -> np.ndarray:

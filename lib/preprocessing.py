@@ -1,7 +1,7 @@
 """From the scans of one subject to slices that a network can learn from: orientation, resampling, brain, intensity."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import nibabel
 import numpy as np
@@ -57,6 +57,23 @@ class OwnGrid:
     brain: np.ndarray
     lesion: np.ndarray
     affine: np.ndarray
+
+    def within(self, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`step` and `start`, [slice, row, column], from the voxels of this grid to those of a prepared one."""
+        between = np.linalg.inv(affine) @ self.affine
+        return np.diag(between)[2::-1], between[2::-1, 3]
+
+    def placed(self, values: np.ndarray, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
+        """Values of this grid, [slice, row, column], on the whole scan as its file has it, [i, j, k] of that shape and
+        affine; 0 elsewhere."""
+        turn = nibabel.io_orientation(affine)
+        turned = affine @ nibabel.orientations.inv_ornt_aff(turn, shape)
+        corner = np.round(np.linalg.solve(turned, self.affine[:, 3])[:3]).astype(int)
+        whole = np.zeros([shape[i] for i in turn[:, 0].argsort()], values.dtype)
+        box = tuple(slice(at, at + n) for at, n in zip(corner, values.shape[::-1], strict=True))
+        whole[box] = values.transpose(2, 1, 0)
+        back = nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("RAS"), turn)
+        return nibabel.apply_orientation(whole, back)
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,31 @@ def brain_mask(volumes: list[np.ndarray]) -> np.ndarray:
     outside, _ = ndimage.label(np.pad(~largest, 1, constant_values=True))
     brain[box] = (outside != outside[0, 0, 0])[1:-1, 1:-1, 1:-1]
     return brain
+
+
+def extracted(modality: str, scan: Volume, brain: Volume) -> Volume:
+    """A scan without what lies outside a mask of the brain, above 0 and on its grid, whichever way the axes of the two
+    files point; turned to right, anterior, superior."""
+    turned, inside = canonical(scan), canonical(brain)
+    outside = 2 * AIR_HU if modality == "CT" else 0
+    return replace(scan, voxels=np.where(inside.voxels > 0, turned.voxels, np.float32(outside)), affine=turned.affine)
+
+
+def between_empty(slice_alone: Volume) -> Volume:
+    """A single slice [i, j, 1] with an empty one on either side, so that there is something to interpolate with."""
+    affine = slice_alone.affine @ nibabel.affines.from_matvec(np.eye(3), (0, 0, -1))
+    return replace(slice_alone, voxels=np.pad(slice_alone.voxels, ((0, 0), (0, 0), (1, 1))), affine=affine)
+
+
+def resampled(
+    values: np.ndarray, brain: np.ndarray, step: np.ndarray, start: np.ndarray, shape: Sequence[int]
+) -> np.ndarray:
+    """Values of a brain at `start` + `step` × index, linearly between its voxels, at its edge from those inside, 0 away
+    from it: float32 of that shape. Arrays [slice, row, column]."""
+    placed = {"matrix": step, "offset": start, "output_shape": tuple(shape), "order": 1, "mode": "constant"}
+    total = ndimage.affine_transform(values.astype(np.float32) * brain, **placed)
+    weight = ndimage.affine_transform(brain.astype(np.float32), **placed)
+    return np.divide(total, weight, out=np.zeros_like(total), where=weight > 1e-3)
 
 
 def clahe(image: np.ndarray) -> np.ndarray:

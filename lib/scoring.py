@@ -57,7 +57,7 @@ def _run_training(
 def write_maps(detector: Detector, cohort: Cohort, run: str) -> None:
     """Write `maps/<method>/<subject>.npz` for validation and test: `map` float16 [slice, row, column], `slice_score`
     float32 [slice], `cohort` and `model` (checksums)."""
-    model = _model_checksum(run, detector.name)
+    model = model_checksum(run, detector.name)
     subjects = [s for split in SCORED for s in cohort.split(split)]
     for subject in bar(subjects, f"{detector.name} maps", unit="subject"):
         path = _path(run, detector.name, subject)
@@ -79,7 +79,7 @@ def read_map(run: str, method: str, subject: PreparedSubject, cohort: Cohort) ->
     path = _path(run, method, subject)
     try:
         with np.load(path, allow_pickle=False) as file:
-            if _marks(file) == (cohort.hash, _model_checksum(run, method)):
+            if _marks(file) == (cohort.hash, model_checksum(run, method)):
                 return file["map"], file["slice_score"]
     except DAMAGED:
         pass
@@ -157,7 +157,8 @@ def _is_whole(path: Path, marks: tuple[str, str]) -> bool:
         return False
 
 
-def _model_checksum(run: str, method: str) -> str:
+def model_checksum(run: str, method: str) -> str:
+    """Of the file of a method's saved model; "" without one."""
     path = run_folder(run) / "models" / f"{method}.safetensors"
     try:
         about = path.stat()
