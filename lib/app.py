@@ -56,11 +56,11 @@ def methods(run: Path) -> list[str]:
     return [name for name in names if "@" not in name and name not in SCORE_SLICES]
 
 
-class App:
-    """The page, `page`, and what happens on it. `run`: the run chosen at first, else the newest; `device` as in
-    training."""
+class App(ipywidgets.VBox):
+    """The page and what happens on it. `run`: the run chosen at first, else the newest; `device` as in training."""
 
     def __init__(self, run: str = "", device: str = "auto"):
+        super().__init__()
         self.device, self.kept = device, uploads.private_folder()
         self.folder = Path(self.kept.name)
         runs = finished_runs()
@@ -76,10 +76,10 @@ class App:
         self.run.observe(self._run_chosen, "value")
         self.start.on_click(self._started)
         note = _paragraph(f"<b>{RESEARCH}</b> Scans stay on this machine; what you send is removed after your visit.")
-        self.page = ipywidgets.VBox([
+        self.children = [
             note, _heading("1. What looks"), self.run, self.method,
             _heading("2. A brain-extracted scan"), self.scans, self.start, self.said, self.result,
-        ])  # fmt: skip
+        ]  # fmt: skip
         if runs:
             self._run_chosen()
         else:
@@ -133,11 +133,14 @@ class App:
         from lib import detection
 
         run, method = self.run.value, self.method.value
+        if len(scans) == len(names) == 1:  # a run of one modality: another may stand in, and is said to
+            ((modality, path),) = scans.items()
+            scans = {detection.modality_of(Path(names[str(path)])) or modality: path}
         found = detection.detect(scans, run, method, device=self.device, tell=self._say)
         if names:
             found = self._moved(found)
         begin = perf_counter()
-        self.result.children = [Result(found, self.folder).page]
+        self.result.children = [Result(found, self.folder)]
         seconds = {**found.seconds, "picture": perf_counter() - begin}
         times = ", ".join(f"{stage} {took:.1f} s" for stage, took in seconds.items())
         self._say("\n".join([f"{method} of the run {run.name}: {times}.", *(_named(w, names) for w in found.warnings)]))
@@ -155,13 +158,14 @@ class App:
         self.said.value = f'<p role="status" style="max-width: 50em; line-height: 1.4">{lines}</p>'
 
 
-class Result:
-    """What was found, `page`: a viewer, figures that follow its threshold, and downloads that are made when asked
-    for. `folder`: where files are made."""
+class Result(ipywidgets.VBox):
+    """What was found: a viewer, figures that follow its threshold, and downloads that are made when asked for.
+    `folder`: where files are made."""
 
     def __init__(self, found, folder: Path):
         from lib.viewer import Case, SliceViewer
 
+        super().__init__()
         subject = found.subject
         case = Case(
             subject.id, tuple(subject.facts["modality"].split("+")), subject.image, subject.brain,
@@ -172,20 +176,20 @@ class Result:
         self.threshold = self.viewer.controls["threshold"]
         self.viewer.controls["step"].layout.display = "none"  # files hold the map as the method made it
         self.threshold.value = found.threshold
-        self.start = self.threshold.value
+        self.first = self.threshold.value
         self.threshold.observe(lambda _: self._count(), "value")
         self._count()
-        downloads = [
+        self.downloads = [
             FileDownload("Anomaly map (NIfTI)", lambda: self._image("anomaly", found.anomaly)),
             FileDownload("Mask (NIfTI)", lambda: self._image("mask", found.mask(self.limit).astype(np.uint8))),
             FileDownload("Report (one page)", self._report),
         ]
         grid = _paragraph("Map and mask lie on the grid of the scan that you gave.")
-        self.page = ipywidgets.VBox([
+        self.children = [
             _heading("3. What was found"), self.figures, self.viewer,
-            _heading("4. Take it along"), ipywidgets.HBox(downloads, layout={"flex_flow": "row wrap"}), grid,
+            _heading("4. Take it along"), ipywidgets.HBox(self.downloads, layout={"flex_flow": "row wrap"}), grid,
             _paragraph(RESEARCH),
-        ])  # fmt: skip
+        ]  # fmt: skip
 
     @property
     def limit(self) -> float:
@@ -195,7 +199,7 @@ class Result:
     @property
     def moved(self) -> bool:
         """Whether the slider is elsewhere than at first."""
-        return self.threshold.value != self.start
+        return self.threshold.value != self.first
 
     def _count(self) -> None:
         said = self.found.summary(self.limit)
