@@ -163,18 +163,20 @@ class Result(ipywidgets.VBox):
     `folder`: where files are made."""
 
     def __init__(self, found, folder: Path):
-        from lib.viewer import Case, SliceViewer
+        from lib import cases, cohort
+        from lib.viewer import SliceViewer
 
         super().__init__()
-        subject = found.subject
-        case = Case(
+        subject, run = found.subject, str(found.run)
+        case = cases.Case(
             subject.id, tuple(subject.facts["modality"].split("+")), subject.image, subject.brain,
             subject.voxel_mm[::-1], {found.method: found.prepared},
         )  # fmt: skip
         self.found, self.folder, self.figures = found, folder, ipywidgets.HTML()
-        self.viewer = SliceViewer([case], folder=None)
+        self.viewer = SliceViewer([case], cases.promises_of_run(run, cohort.of_run(run)))
         self.threshold = self.viewer.controls["threshold"]
-        self.viewer.controls["step"].layout.display = "none"  # files hold the map as the method made it
+        for name in ("scan", "method", "truth", "reconstruction", "step"):  # files hold the map as the method made it
+            self.viewer.controls[name].layout.display = "none"
         self.threshold.value = found.threshold
         self.first = self.threshold.value
         self.threshold.observe(lambda _: self._count(), "value")
@@ -207,7 +209,7 @@ class Result(ipywidgets.VBox):
             "" if said["promised_fpr"] is None else f", which {100 * said['promised_fpr']:g} % of healthy voxels reach"
         )
         self.figures.value = (
-            f'<p role="status"><b>{said["found_ml"]:.1f} ml</b> in <b>{said["components"]}</b> components, of '
+            f'<p role="status">On the grid of the scan: <b>{said["found_ml"]:.1f} ml</b> in <b>{said["components"]}</b> components, of '
             f"{said['brain_ml']:.0f} ml of brain, at the threshold {self.limit:.4g}{promised}.</p>"
         )
 

@@ -44,6 +44,11 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, slice, slice]:
     return tuple(slice(int(one[0]), int(one[-1]) + 1) for one in places)
 
 
+def number(mask: np.ndarray) -> int:
+    """How many components a mask [slice, row, column] has."""
+    return int(ndimage.label(mask[bounding_box(mask)], TOUCHING)[1]) if mask.any() else 0
+
+
 def drop_small(mask: np.ndarray, smallest: int) -> np.ndarray:
     """A mask without its components of fewer than `smallest` voxels."""
     voxels = np.flatnonzero(mask)

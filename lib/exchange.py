@@ -12,14 +12,14 @@ from traitlets import Bool, Instance, Unicode
 from lib import uploads
 from lib.errors import CourseError
 
-TEMPLATES = Path(__file__).with_name("templates")
+HERE = Path(__file__).parent
 
 
 class FileUpload(anywidget.AnyWidget):
     """Receives one file at a time into `folder`; `received` is the last one that was taken, or None, `name` what the
     person calls it, `said` what they read: how far it is, what it was taken for, or why it is refused."""
 
-    _esm = TEMPLATES / "upload.js"
+    _esm = HERE / "upload.js"
     label = Unicode().tag(sync=True)
     accept = Unicode(uploads.ACCEPTED).tag(sync=True)
     said = Unicode().tag(sync=True)
@@ -83,7 +83,7 @@ class FileUpload(anywidget.AnyWidget):
 class FileDownload(anywidget.AnyWidget):
     """A button that makes a file when it is asked for: `make` returns its name and content."""
 
-    _esm = TEMPLATES / "download.js"
+    _esm = HERE / "download.js"
     label = Unicode().tag(sync=True)
 
     def __init__(self, label: str, make: Callable[[], tuple[str, bytes]]):

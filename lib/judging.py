@@ -132,14 +132,19 @@ def count(scored: Scored, code: np.ndarray) -> SubjectCounts:
 
 def freeze(run: str, method: str, cohort: Cohort, steps: Sequence[str]) -> dict[str, Frozen]:
     """The thresholds of each step, from the healthy material of validation."""
-    scans = (read(run, method, s, cohort) for s, _ in cohort.healthy_material("validation"))
-    counts, scores = zip(*(_healthy_counts(scan, steps) for scan in scans), strict=True)
+    counts, scores = zip(*(_healthy_counts(scan, steps) for scan in _watched(run, method, cohort)), strict=True)
     return {step: _thresholds([of_scan[step] for of_scan in counts], scores) for step in steps}
+
+
+def healthy_counts(run: str, method: str, cohort: Cohort, step: str) -> np.ndarray:
+    """Voxels of the healthy material of validation by code after a step of the map, int [65 536]."""
+    found = (_healthy_counts(scan, (step,))[0][step] for scan in _watched(run, method, cohort))
+    return sum(found, np.zeros(CODES, int))
 
 
 def judge(scored: Scored, frozen: dict[str, Frozen]) -> dict[str, Judged]:
     """One subject after each step; the FROC curve is that of the map as it is."""
-    ground, smallest = scored.ground, _voxels(SMALLEST_MM3, scored.ground)
+    ground, smallest = scored.ground, postprocessing.voxels(SMALLEST_MM3, scored.ground.voxel_mm3)
     truth, scores = lesions(ground.lesion), _once(scored.codes, frozen)
     counts = _once(lambda step: count(scored, scores[step]), frozen)
     masks = {step: _detection(scores[step], ground, frozen[step].code, step) for step in frozen}
@@ -154,6 +159,10 @@ def judge(scored: Scored, frozen: dict[str, Frozen]) -> dict[str, Judged]:
         }  # fmt: skip
         judged[step] = Judged(counts[step], record, curve)
     return judged
+
+
+def _watched(run: str, method: str, cohort: Cohort) -> Iterator[Scored]:
+    return (read(run, method, s, cohort) for s, _ in cohort.healthy_material("validation"))
 
 
 def _once(make: Callable, steps: Iterable[str]) -> dict:
@@ -187,7 +196,7 @@ def _resampled(code: np.ndarray, brain: np.ndarray, ground: Ground) -> np.ndarra
 
 
 def _detection(code: np.ndarray, ground: Ground, threshold: int, step: str) -> np.ndarray:
-    smallest = _voxels(postprocessing.SMALLEST_MM3, ground)
+    smallest = postprocessing.voxels(postprocessing.SMALLEST_MM3, ground.voxel_mm3)
     return postprocessing.detected(code, ground.brain, threshold, step, smallest)
 
 
@@ -204,10 +213,6 @@ def _thresholds(scans: list[np.ndarray], slice_scores: list[np.ndarray]) -> Froz
     code, loose = threshold_code(pooled), threshold_code(pooled, LOOSE_FPR)
     limit = float(np.quantile(np.concatenate(slice_scores), 1 - PROMISED_SLICE_FPR))
     return Frozen(code, loose, strict, promise, len(scans), curve, limit)
-
-
-def _voxels(mm3: float, ground: Ground) -> int:
-    return int(np.ceil(round(mm3 / ground.voxel_mm3, 6)))
 
 
 def _about(scored: Scored, number: int) -> dict:

@@ -39,6 +39,11 @@ def detected(code: np.ndarray, brain: np.ndarray, threshold: int, step: str, sma
     return drop_small(mask, smallest) if step == "components" else mask
 
 
+def voxels(mm3: float, voxel_mm3: float) -> int:
+    """The fewest voxels that make up a volume."""
+    return math.ceil(round(mm3 / voxel_mm3, 6))
+
+
 def eroded(brain: np.ndarray) -> np.ndarray:
     """A mask without what lies within two pixels of its edge, by steps to the four neighbours within a slice."""
     for _ in range(ERODED):

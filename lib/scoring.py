@@ -89,6 +89,11 @@ def read_map(run: str, method: str, subject: PreparedSubject, cohort: Cohort) ->
     )
 
 
+def has_map(run: str, method: str, subject: PreparedSubject) -> bool:
+    """Whether there is a map of a subject, whole or not."""
+    return _path(run, method, subject).exists()
+
+
 def methods(run: str) -> list[str]:
     """Methods that have maps in this run, in the order of the table of detectors."""
     folder = run_folder(run) / "maps"

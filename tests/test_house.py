@@ -16,8 +16,9 @@ FLOORS = {
     "training": 3, "adversarial": 3, "models": 3, "baselines": 3, "lesions": 3, "scoring": 4, "evaluation": 4,
     "plots": 4, "metrics": 1, "components": 1, "postprocessing": 2, "judging": 4, "figures": 4, "traps": 4,
     "slice_traps": 4, "domain": 4, "approaches": 4, "single_scan": 4, "probes": 4, "thresholds": 2, "space": 4,
-    "reshape": 4, "transfer": 4, "confounding": 4, "report": 5, "pages": 5, "settings": 6, "runner": 6, "jobs": 6,
-    "runs": 6, "course": 6, "detection": 4, "detect": 6, "uploads": 1, "exchange": 5, "viewer": 5, "app": 5,
+    "reshape": 4, "transfer": 4, "confounding": 4, "slice_views": 4, "cases": 4, "uploads": 1, "detection": 4,
+    "report": 5, "pages": 5, "exchange": 5, "viewer": 5, "app": 5, "settings": 6, "runner": 6, "jobs": 6, "runs": 6,
+    "course": 6, "detect": 6,
 }  # fmt: skip
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 EXPLORE = ROOT / "notebooks" / "explore.ipynb"  # the app's page: no part of the course's sequence

@@ -3,7 +3,7 @@
 from pkgutil import resolve_name
 
 from lib.errors import CourseError
-from lib.models.detector import Detector, SliceDetector, read_file
+from lib.models.detector import Detector, NetworkDetector, SliceDetector, read_file
 
 AE = "lib.models.autoencoder:Autoencoder"
 DETECTORS = {
@@ -60,6 +60,12 @@ def family(name: str) -> str:
     return resolve_name(DETECTORS[name][0]).family
 
 
+def draws(name: str) -> bool:
+    """Whether a detector redraws slices as a healthy brain would have them."""
+    kind = resolve_name(DETECTORS[name][0])
+    return issubclass(kind, NetworkDetector) and callable(getattr(kind, "redraw", None))
+
+
 def load(path) -> Detector:
     """A fitted detector from its file; CourseError where the file is missing or damaged."""
     about, state = read_file(path)
@@ -68,4 +74,4 @@ def load(path) -> Detector:
     return detector
 
 
-__all__ = ["DETECTORS", "Detector", "SliceDetector", "create", "family", "load"]
+__all__ = ["DETECTORS", "Detector", "SliceDetector", "create", "draws", "family", "load"]

@@ -46,12 +46,7 @@ class Detector(ABC):
 
     def slice_scores(self, subject: PreparedSubject, maps: np.ndarray) -> np.ndarray:
         """One score a slice, float32 [slice]: the mean of the highest 1 % of its brain, 0 without brain."""
-        scores = np.zeros(len(maps), np.float32)
-        for i, (one, brain) in enumerate(zip(maps, subject.brain, strict=True)):
-            if brain.any():
-                values = np.sort(one[brain])
-                scores[i] = values[-max(1, round(HIGHEST * len(values))) :].mean()
-        return scores
+        return highest_means(maps, subject.brain)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What was learnt, by name."""
@@ -131,6 +126,16 @@ class SliceDetector(NetworkDetector):
         self.network.eval()
         image = torch.from_numpy(subject.image[:, number].astype(np.float32))[None]
         return self.reconstruct(image.to(self.device))[0].cpu().numpy() * subject.brain[number]
+
+
+def highest_means(maps: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """The mean of the highest 1 % of each slice's brain, 0 without brain: [slice, row, column] → float32 [slice]."""
+    scores = np.zeros(len(maps), np.float32)
+    for i, (one, inside) in enumerate(zip(maps, brain, strict=True)):
+        if inside.any():
+            values = np.sort(one[inside])
+            scores[i] = values[-max(1, round(HIGHEST * len(values))) :].mean()
+    return scores
 
 
 def residual(image: torch.Tensor, expected: torch.Tensor, modalities: tuple[str, ...], kind: str) -> torch.Tensor:

@@ -57,6 +57,7 @@ class SyntheticLesions(unet.UNetDetector):
 
     Settings = Settings
     averaging = 0.98
+    redraw = None  # it marks, and draws nothing
 
     def build(self) -> unet.UNet:
         channels = len(self.modalities) * (2 if self.settings.mirror else 1)
