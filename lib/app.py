@@ -204,13 +204,13 @@ class Result(ipywidgets.VBox):
         return self.threshold.value != self.first
 
     def _count(self) -> None:
-        said = self.found.summary(self.limit)
-        promised = (
-            "" if said["promised_fpr"] is None else f", which {100 * said['promised_fpr']:g} % of healthy voxels reach"
-        )
+        said, promise = self.found.summary(self.limit), ""
+        if said["promised_fpr"] is not None:
+            promise = f", which {100 * said['promised_fpr']:g} % of healthy voxels reach"
+        found = f"<b>{said['found_ml']:.1f} ml</b> in <b>{said['components']}</b> components of 20 mm³ or more"
         self.figures.value = (
-            f'<p role="status">On the grid of the scan: <b>{said["found_ml"]:.1f} ml</b> in <b>{said["components"]}</b> components, of '
-            f"{said['brain_ml']:.0f} ml of brain, at the threshold {self.limit:.4g}{promised}.</p>"
+            f'<p role="status">On the grid of the scan: {found}, of {said["brain_ml"]:.0f} ml of brain, '
+            f"at the threshold {self.limit:.4g}{promise}.</p>"
         )
 
     def _image(self, what: str, voxels: np.ndarray) -> tuple[str, bytes]:

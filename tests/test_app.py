@@ -251,7 +251,7 @@ def test_names_with_markup_are_shown_as_text(page):
 
 
 def test_every_page_says_what_it_is_not_for(found):
-    said = [widget.value for widget in (*found.children, *result_of(found).page.children) if hasattr(widget, "value")]
+    said = [widget.value for widget in (*found.children, *result_of(found).children) if hasattr(widget, "value")]
     assert sum("not for diagnosis" in str(one) for one in said) == 2
 
 
