@@ -178,8 +178,8 @@ class Result(ipywidgets.VBox):
         for name in ("scan", "method", "truth", "reconstruction", "step"):  # files hold the map as the method made it
             self.viewer.controls[name].layout.display = "none"
         self.threshold.value = found.threshold
-        self.first = self.threshold.value
-        self.threshold.observe(lambda _: self._count(), "value")
+        self.first, self.snapped = self.threshold.value, False
+        self.threshold.observe(self._slid, "value")
         self._count()
         self.downloads = [
             FileDownload("Anomaly map (NIfTI)", lambda: self._image("anomaly", found.anomaly)),
@@ -202,6 +202,13 @@ class Result(ipywidgets.VBox):
     def moved(self) -> bool:
         """Whether the slider is elsewhere than at first."""
         return self.threshold.value != self.first
+
+    def _slid(self, change) -> None:
+        """A browser puts the slider on its nearest step when it shows it; all further moves are a person's."""
+        if not self.snapped and abs(change.new - self.first) <= self.threshold.step / 2:
+            self.first = change.new
+        self.snapped = True
+        self._count()
 
     def _count(self) -> None:
         said, promise = self.found.summary(self.limit), ""

@@ -133,6 +133,16 @@ def test_the_threshold_moves_the_figures_and_the_picture(found):
     assert result.viewer.picture.content != picture
 
 
+def test_a_browser_that_puts_the_slider_on_a_step_moves_nothing(found):
+    result = result_of(found)
+    said, step = result.figures.value, result.threshold.step
+    result.threshold.value += 0.4 * step
+    assert result.figures.value == said
+    assert result.limit == result.found.threshold
+    result.threshold.value += 0.4 * step
+    assert result.limit == result.threshold.value
+
+
 def test_downloads_lie_on_the_grid_of_the_scan_and_follow_the_threshold(found, course, tmp_path):
     result = result_of(found)
     scan = nibabel.load(scan_of(course))
