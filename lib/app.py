@@ -26,6 +26,7 @@ NO_RUN = "There is no finished run yet. Make one: ./run_all.sh"
 WIDE = {"layout": ipywidgets.Layout(width="min(40em, 95%)"), "style": {"description_width": "6em"}}
 PREFERRED = ("sided_ensemble", "dae")
 SCORE_SLICES = ("brain_area", "slice_index")
+BRAIN = "brain"
 
 
 def finished_runs() -> list[Path]:
@@ -70,6 +71,7 @@ class App(ipywidgets.VBox):
         )
         self.method = ipywidgets.Dropdown(description="Method", **WIDE)
         self.rows: dict[str, tuple[FileUpload, ipywidgets.Text]] = {}
+        self.brain = self._row("mask of its brain, only where the scan shows more than the brain")
         self.scans, self.result = ipywidgets.VBox(), ipywidgets.VBox()
         self.start = ipywidgets.Button(description="Find anomalies", button_style="primary", disabled=not runs)
         self.said = ipywidgets.HTML()
@@ -87,41 +89,44 @@ class App(ipywidgets.VBox):
 
     def _run_chosen(self, *_) -> None:
         """Offer the methods of the run, and a place for each of its modalities."""
-        self.rows, names = {}, methods(self.run.value)
+        names = methods(self.run.value)
         self.method.options = names
         self.method.value = next((name for name in PREFERRED if name in names), names[0])
         try:
-            self.rows = {modality: self._row(modality) for modality in modalities(self.run.value)}
+            there = modalities(self.run.value)
+            self.rows = {one: self.rows.get(one) or self._row(f"{one} scan") for one in there}
             self._say("")
         except CourseError as error:
+            self.rows = {}
             self._say(str(error))
-        self.scans.children = [widget for row in self.rows.values() for widget in row]
+        self.scans.children = [widget for row in (*self.rows.values(), self.brain) for widget in row]
 
-    def _row(self, modality: str) -> tuple[FileUpload, ipywidgets.Text]:
-        upload = FileUpload(self.folder, label=f"Send a {modality} scan (at most {uploads.LIMIT // 2**20} MB)")
+    def _row(self, what: str) -> tuple[FileUpload, ipywidgets.Text]:
+        """Places for a file that is sent and for a path."""
+        upload = FileUpload(self.folder, label=f"Send a {what} (at most {uploads.LIMIT // 2**20} MB)")
         path = ipywidgets.Text(description="or its path", placeholder="/path/on/this/machine.nii.gz", **WIDE)
         return upload, path
 
-    def _given(self) -> tuple[dict[str, Path], dict[str, str]]:
-        """The scans by modality, and what to call the paths of those that were sent."""
-        scans, names = {}, {}
-        for modality, (upload, path) in self.rows.items():
+    def _given(self) -> tuple[dict[str, Path], Path | None, dict[str, str]]:
+        """The scans by modality, the mask of their brain, and what to call the paths of those that were sent."""
+        paths, names = {}, {}
+        for what, (upload, path) in {**self.rows, BRAIN: self.brain}.items():
             if text := path.value.strip():
-                scans[modality] = Path(text).expanduser()
+                paths[what] = Path(text).expanduser()
             elif upload.received:
-                scans[modality] = upload.received.path
+                paths[what] = upload.received.path
                 names[str(upload.received.path)] = upload.name
-            else:
-                raise CourseError(f"There is no {modality} scan yet.", "Send one, or give its path.")
-        return scans, names
+            elif what != BRAIN:
+                raise CourseError(f"There is no {what} scan yet.", "Send one, or give its path.")
+        return {what: path for what, path in paths.items() if what != BRAIN}, paths.get(BRAIN), names
 
     def _started(self, _) -> None:
         self.start.disabled = True
         self.result.children, names = (), {}
         try:
-            scans, names = self._given()
+            scans, brain, names = self._given()
             self._say("Loading the libraries …")
-            self._detect(scans, names)
+            self._detect(scans, brain, names)
         except CourseError as error:
             self._say(_named(str(error), names))
         except Exception as error:  # the page lives on, whatever a scan does to a library
@@ -129,14 +134,14 @@ class App(ipywidgets.VBox):
         finally:
             self.start.disabled = False
 
-    def _detect(self, scans: dict[str, Path], names: dict[str, str]) -> None:
+    def _detect(self, scans: dict[str, Path], brain: Path | None, names: dict[str, str]) -> None:
         from lib import detection
 
         run, method = self.run.value, self.method.value
-        if len(scans) == len(names) == 1:  # a run of one modality: another may stand in, and is said to
+        if len(scans) == 1:  # a run of one modality: another may stand in, and is said to
             ((modality, path),) = scans.items()
-            scans = {detection.modality_of(Path(names[str(path)])) or modality: path}
-        found = detection.detect(scans, run, method, device=self.device, tell=self._say)
+            scans = {detection.modality_of(Path(names.get(str(path), path))) or modality: path}
+        found = detection.detect(scans, run, method, device=self.device, brain=brain, tell=self._say)
         if names:
             found = self._moved(found)
         begin = perf_counter()

@@ -94,7 +94,9 @@ class FileDownload(anywidget.AnyWidget):
     def _asked(self, _, message: dict, buffers: list) -> None:
         try:
             name, content = self.make()
-        except (CourseError, OSError) as error:
+        except CourseError as error:
             self.send({"said": str(error)})
+        except Exception as error:  # the page lives on
+            self.send({"said": f"The file could not be made: {type(error).__name__}."})
         else:
             self.send({"name": name}, buffers=[content])

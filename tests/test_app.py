@@ -164,6 +164,19 @@ def test_downloads_lie_on_the_grid_of_the_scan_and_follow_the_threshold(found, c
     assert b"not for diagnosis" in content
 
 
+def test_a_scan_with_more_than_the_brain_is_taken_with_a_mask_of_it(page, course, tmp_path):
+    scan = volumes.read(scan_of(course))
+    head = np.where(scan.voxels > 0, scan.voxels, 300)
+    volumes.write(tmp_path / "head_flair.nii.gz", head, scan.affine)
+    volumes.write(tmp_path / "mask.nii.gz", (scan.voxels > 0).astype(np.uint8), scan.affine)
+    send(page.rows["FLAIR"][0], (tmp_path / "head_flair.nii.gz").read_bytes())
+    page.start.click()
+    assert "shows more than a brain" in text(page)
+    send(page.brain[0], (tmp_path / "mask.nii.gz").read_bytes(), "mask.nii.gz")
+    page.start.click()
+    np.testing.assert_array_equal(result_of(page).found.brain, scan.voxels > 0)
+
+
 def test_a_scan_on_the_disk_is_taken_by_its_path(page, course):
     page.rows["FLAIR"][1].value = str(scan_of(course, "p1"))
     page.method.value = "intensity_median"
@@ -270,5 +283,5 @@ def test_a_download_that_cannot_be_made_says_so(course):
     given = []
     button.send = lambda message, buffers=None: given.append(message)
     button._asked(None, {}, [])
-    assert "No space left" in given[0]["said"]
+    assert "could not be made: OSError" in given[0]["said"]
     assert json.dumps(given)
