@@ -83,7 +83,8 @@ class Case:
                 f"{self.name}: the map of {method} is {found.shape}, the brain {brain.shape}.",
                 "Give a map on the voxels of the brain mask.",
             )
-        within = found.astype(np.float16) * brain
+        with np.errstate(over="ignore"):
+            within = np.where(brain, found, 0).astype(np.float16)
         if not np.isfinite(within).all():
             raise CourseError(
                 f"{self.name}: the map of {method} holds values that are no numbers, or beyond 65504.",

@@ -44,8 +44,7 @@ class Panel:
 @dataclass(frozen=True)
 class View:
     """A composed view: uint8 [y, x, 3], and where its panels lie: corners (left, top), size (height, width) in pixels
-    and shape (rows, columns) in voxels of each;
-    `words`: the lines of its legend."""
+    and shape (rows, columns) in voxels of each; `words`: the lines of its legend."""
 
     pixels: np.ndarray
     corners: tuple[tuple[int, int], ...]

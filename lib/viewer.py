@@ -59,9 +59,9 @@ class SliceViewer(widgets.VBox):
         promises: Mapping[tuple[str, str], Promise | None] | None = None,
         folder: Path | None = None,
     ):
-        if not shown:
-            raise CourseError("There is no scan to look at.", "Give one case or more.")
         self.cases, self.promises, self.folder = {case.name: case for case in shown}, promises or {}, folder
+        if not shown or len(self.cases) < len(shown):
+            raise CourseError("There is no scan to look at, or two of one name.", "Give cases, each with its own name.")
         self.rate, self.figures, self.place = PROMISED_FPR, {}, None
         self.settling, self.failed = False, None
         self.codes = lru_cache(KEPT_MAPS)(lambda name, method, step: self.cases[name].codes(method, step))
@@ -69,8 +69,8 @@ class SliceViewer(widgets.VBox):
         self.controls = _controls(list(self.cases))
         self.picture = Picture()
         self.promised, self.read_out, self.under, self.notice = (widgets.HTML() for _ in range(4))
-        self.jump = widgets.Button(description="Most anomalous slice", tooltip="of this plane, by its highest 1 %")
-        self.save = widgets.Button(description="Save picture", tooltip="as PNG")
+        self.jump = _button("Most anomalous slice", "of this plane, by its highest 1 %")
+        self.save = _button("Save picture", "as PNG")
         super().__init__(self._rows())
         self._settle("scan")
         for name, control in self.controls.items():
@@ -97,20 +97,21 @@ class SliceViewer(widgets.VBox):
             elif hasattr(control, "max") and not control.min <= value <= control.max:
                 raise CourseError(f"{name} is {value}.", f"Give a number from {control.min:g} to {control.max:g}.")
             control.value = value
-            if self.failed:
-                raise self.failed
+        if self.failed:
+            raise self.failed
         return self
 
     def to_most_anomalous(self) -> None:
         """Go to the slice of this plane whose highest 1 % inside the brain have the highest mean."""
-        found, brain = (np.moveaxis(v, PLANES[self["plane"]], 0) for v in (self.code, np.asarray(self.case.brain)))
-        means = [highest_means(values_of(one)[None].astype(np.float32), inside[None])[0]
-                 for one, inside in zip(found, brain, strict=True)]  # fmt: skip
-        inside = np.flatnonzero(brain.any(axis=(1, 2)))
-        self.controls["slice"].value = int(inside[np.argmax(np.take(means, inside))])
+        values = values_of(self.code).astype(np.float32)
+        values, brain = (np.moveaxis(v, PLANES[self["plane"]], 0) for v in (values, np.asarray(self.case.brain)))
+        means = np.where(brain.any(axis=(1, 2)), highest_means(values, brain), -np.inf)
+        self.controls["slice"].value = int(means.argmax())
 
     def export(self, folder: Path) -> Path:
         """Write the view as PNG and return its path; the name says scan, method, plane and slice."""
+        if self.failed:
+            raise self.failed
         path = Path(folder) / self._file_name()
         write_bytes(path, self.picture.content)
         return path
@@ -127,7 +128,7 @@ class SliceViewer(widgets.VBox):
         return [
             *(widgets.HBox([*(c[name] for name in names), *more], layout={"flex_flow": "row wrap"})
               for names, more in zip(rows, beside, strict=True)),
-            self.picture, self.read_out, self.under, self.notice,
+            self.read_out, self.picture, self.under, self.notice,
         ]  # fmt: skip
 
     def _moved(self, name: str) -> None:
@@ -139,7 +140,8 @@ class SliceViewer(widgets.VBox):
                 self._say(f"{error.what} {error.cure}")
 
     def _settle(self, name: str) -> None:
-        """Bring everything that depends on a control up to date."""
+        """Bring what depends on a control up to date; after a failure, everything."""
+        name = "scan" if self.failed else name
         self.settling, self.failed = True, None
         self._say("")
         try:
@@ -148,9 +150,9 @@ class SliceViewer(widgets.VBox):
             if name in ("scan", "plane"):
                 self._fit_slices()
             if name in ("scan", "method", "step"):
-                self._take_map()
-            if name == "threshold" and self.promise:
-                self.rate = self.promise.rate(self["threshold"])
+                self._take_map(keeping=name == "step")
+            if name == "threshold" and self.promise and np.isfinite(rate := self.promise.rate(self["threshold"])):
+                self.rate = rate
             if name in ("scan", "method", "step", "threshold"):
                 self._detect()
             self.place[PLANES[self["plane"]]] = self["slice"]
@@ -174,18 +176,20 @@ class SliceViewer(widgets.VBox):
         control.max = self.case.brain.shape[axis] - 1
         control.value = self.place[axis]
 
-    def _take_map(self) -> None:
-        """The map after its step; the threshold moves to where it promises what the one before did."""
+    def _take_map(self, keeping: bool) -> None:
+        """The map after its step; the threshold moves to where it promises what the one before did. Without a promise
+        it stays if `keeping`, or else is the top of the colours."""
         method, step = self["method"], self["step"]
         self.code = self.codes(self["scan"], method, step)
         values = values_of(self.code[self.case.brain]).astype(float)
         self.top = float(np.percentile(values, SCALE_PERCENTILE)) or float(values.max()) or 1.0
         self.promise = self._promise(method, "none" if step in postprocessing.OF_DETECTIONS else step)
-        wanted = self.promise.threshold(self.rate) if self.promise else self.top
-        highest = np.nextafter(np.float16(values.max()), np.float16(np.inf))
-        control, limit = self.controls["threshold"], float(min(wanted, max(highest, 1e-3)))
+        control, highest = self.controls["threshold"], float(np.nextafter(np.float16(values.max()), np.float16(np.inf)))
+        unpromised = control.value if keeping else self.top
+        limit = self.promise.threshold(self.rate) if self.promise else unpromised
+        limit = limit if np.isfinite(limit) else highest
         with control.hold_trait_notifications():  # or the old range would cut the new value
-            control.min, control.max = min(0.0, float(values.min()), limit), max(float(highest), limit)
+            control.min, control.max = min(0.0, float(values.min()), limit), max(highest, limit)
             control.value, control.step = limit, (control.max - control.min) / SLIDER_STEPS
         self.controls["reconstruction"].disabled = method not in self.case.redraws
 
@@ -254,7 +258,7 @@ class SliceViewer(widgets.VBox):
 
     def _point(self, where: Sequence[float]) -> None:
         """Read out intensity and map under the pointer."""
-        voxel = self._voxel(*where) if where else None
+        voxel = self._voxel(*where) if where and not self.failed else None
         if voxel is None:
             self.under.value = ""
             return
@@ -272,10 +276,12 @@ class SliceViewer(widgets.VBox):
             control.value = min(max(control.value + KEYS[message["key"]], 0), control.max)
         elif message.get("key") in ("Home", "End"):
             control.value = 0 if message["key"] == "Home" else control.max
-        elif message.get("click") and (voxel := self._voxel(*message["click"])):
+        elif not self.failed and message.get("click") and (voxel := self._voxel(*message["click"])):
             self.place = list(voxel)
 
     def _save(self) -> None:
+        if self.failed:
+            return
         if self.folder:
             path = self.export(self.folder)
             self._say(f"Saved as {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}.")
@@ -299,20 +305,26 @@ def of_run(run: str, cohort: Cohort) -> SliceViewer:
 
 def _controls(scans: list[str]) -> dict[str, widgets.Widget]:
     plain = {"style": {"description_width": "initial"}}
-    wide = plain | {"layout": {"width": "420px"}}
+    wide = plain | {"layout": {"width": "480px"}}
+    buttons = {"style": {"description_width": "initial", "button_width": "auto"}, "layout": {"width": "max-content"}}
+    box = {"indent": False, "layout": {"width": "auto", "margin": "2px 12px"}}
     return {
         "scan": widgets.Dropdown(options=scans, description="Scan", **plain),
         "modality": widgets.Dropdown(description="Modality", **plain),
         "method": widgets.Dropdown(description="Method", **plain),
         "step": widgets.Dropdown(options=postprocessing.STEPS, description="Post-processing", **plain),
-        "plane": widgets.ToggleButtons(options=tuple(PLANES), description="Plane", **plain),
+        "plane": widgets.ToggleButtons(options=tuple(PLANES), description="Plane", **buttons),
         "slice": widgets.IntSlider(description="Slice", **wide),
-        "threshold": widgets.FloatSlider(description="Threshold (value of the map)", readout_format=".4g", **wide),
-        "arrangement": widgets.ToggleButtons(options=ARRANGEMENTS, description="Scan and map", **plain),
-        "truth": widgets.Checkbox(True, description="Truth", indent=False, layout={"width": "auto"}),
-        "detection": widgets.Checkbox(True, description="Detection", indent=False, layout={"width": "auto"}),
-        "reconstruction": widgets.Checkbox(False, description="Reconstruction", indent=False, layout={"width": "auto"}),
+        "threshold": widgets.FloatSlider(description="Threshold, value of the map", readout_format=".4g", **wide),
+        "arrangement": widgets.ToggleButtons(options=ARRANGEMENTS, description="Scan and map", **buttons),
+        "truth": widgets.Checkbox(True, description="Truth", **box),
+        "detection": widgets.Checkbox(True, description="Detection", **box),
+        "reconstruction": widgets.Checkbox(False, description="Reconstruction", **box),
     }
+
+
+def _button(words: str, more: str) -> widgets.Button:
+    return widgets.Button(description=words, tooltip=more, layout={"width": "auto"})
 
 
 def _share(rate: float) -> str:
