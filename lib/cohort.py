@@ -21,7 +21,6 @@ from lib import ROOT, dicom, privacy, run_folder, volumes
 from lib.datasets import Subject, hidden_names, read_scan
 from lib.errors import CourseError, check_choice
 from lib.intake import BRAIN_LITRES, LESION_FREE, Gathered, examine_scan, is_healthy
-from lib.pictures import is_picture
 from lib.preprocessing import OwnGrid, Prepared, Recipe, between_empty, canonical, extracted, prepare
 from lib.progress import bar
 from lib.volumes import Volume
@@ -68,7 +67,7 @@ def prepare_scan(scans: Mapping[str, Path], recipe: Recipe, brain: Path | None =
     record = examine_scan(subject, ready, recipe.size * recipe.pixel_mm)
     if record["problems"]:
         raise _refusal(name, record, brain)
-    content = json.dumps([FORMAT, asdict(recipe), name, record["identity"]], sort_keys=True)
+    content = json.dumps([FORMAT, asdict(recipe), name, list(read), record["identity"]], sort_keys=True)
     folder = ROOT / "data" / "prepared" / "scans" / hashlib.sha256(content.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / name / "facts.json").exists():
@@ -318,11 +317,15 @@ def _write_subject(prepared: Prepared, target: Path) -> None:
             raise
 
 
+def name_of(scan: Path) -> str:
+    """The name of a scan's file or folder without its ending; "scan" where it leads to a person."""
+    name = re.sub(r"\.(nii|nii\.gz|png|jpe?g)$", "", scan.absolute().name, flags=re.IGNORECASE)
+    return "scan" if not name or privacy.leads(name, dicom.patient(scan)) else name
+
+
 def _alone(scans: Mapping[str, Path]) -> Subject:
     """Someone known by these files alone."""
-    first = next(iter(scans.values()))
-    name = re.sub(r"\.nii(\.gz)?$", "", first.name) if not is_picture(first) else first.stem
-    subject = Subject("scan" if privacy.leads(first.name, dicom.patient(first)) else name, scans)
+    subject = Subject(name_of(next(iter(scans.values()))), scans)
     return replace(subject, hidden=hidden_names(subject))
 
 

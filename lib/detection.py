@@ -25,6 +25,7 @@ from lib.errors import CourseError
 from lib.judging import SMALLEST_MM3
 from lib.metrics import PROMISED_FPR
 from lib.models.detector import Detector, NetworkDetector
+from lib.pictures import NO_SIZE
 from lib.preprocessing import Recipe, resampled
 from lib.training import choose_device
 
@@ -68,39 +69,40 @@ class Found:
         return self.brain & (self.anomaly >= (self.threshold if threshold is None else threshold))
 
     def components(self, threshold: float | None = None) -> list[dict]:
-        """What touches at a threshold and has at least 20 mm³, the largest first: `ml`, `highest` anomaly, `centre_mm`
-        in RAS+ and `side` of the patient's brain."""
+        """What touches at a threshold and has at least 20 mm³, the largest first: `voxels`, `ml`, `highest` anomaly,
+        `centre_mm` in RAS+ and `side` of the patient's brain."""
         mask = self.mask(threshold)
         if not mask.any():
             return []
         box = bounding_box(mask)
         label, _ = ndimage.label(mask[box], TOUCHING)
-        voxels = np.bincount(label.ravel())[1:]
-        large = np.flatnonzero(voxels * self.voxel_ml * 1000 >= SMALLEST_MM3) + 1
-        corner, middle = [part.start for part in box], self._mm(np.argwhere(self.brain).mean(axis=0))
-        places = self._mm(np.array(ndimage.center_of_mass(mask[box], label, large)).reshape(-1, 3) + corner)
-        highest = ndimage.maximum(self.anomaly[box], label, large)
-        found = [
-            {"ml": round(float(voxels[n - 1] * self.voxel_ml), 3), "highest": float(top),
-             "centre_mm": place.round(1).tolist(), "side": _side(float(place[0] - middle[0]))}
-            for n, top, place in zip(large, highest, places, strict=True)
+        at = np.nonzero(label)
+        label, highest = label[at] - 1, np.zeros(label.max(), np.float32)
+        voxels = np.bincount(label)
+        np.maximum.at(highest, label, self.anomaly[box][at])
+        centres = [np.bincount(label, along) / voxels + part.start for along, part in zip(at, box, strict=True)]
+        places, middle = self._mm(np.stack(centres, axis=1)), self._mm(_middle(self.brain))
+        large = [n for n in (-voxels).argsort(kind="stable") if voxels[n] * self.voxel_ml * 1000 >= SMALLEST_MM3]
+        return [
+            {"voxels": int(voxels[n]), "ml": self._ml(voxels[n]), "highest": float(highest[n]),
+             "centre_mm": places[n].round(1).tolist(), "side": _side(float(places[n, 0] - middle[0]))}
+            for n in large
         ]  # fmt: skip
-        return sorted(found, key=lambda one: -one["ml"])
 
     def summary(self, threshold: float | None = None) -> dict:
-        """Figures of the scan at a threshold; volumes in ml on its own grid, `scan_score` the mean of the highest 1 %
-        of the prepared map."""
+        """Figures of the scan at a threshold; volumes in ml on its own grid, None for a picture, `scan_score` the mean
+        of the highest 1 % of the prepared map."""
         own = threshold is not None and threshold != self.threshold
         limit = self.threshold if threshold is None else threshold
-        found = self.components(limit)
+        found, mask = self.components(limit), self.mask(limit)
         inside = np.sort(self.prepared[np.asarray(self.subject.brain)])
         return {
             "scan": self.subject.id, "method": self.method, "run": self.run.name,
             "modalities": self.subject.facts["modality"], "missing": self.subject.facts["missing"],
             "threshold": limit if np.isfinite(limit) else None, "promised_fpr": None if own else self.promised,
             "threshold_from": "given" if own else self.source,
-            "found_ml": round(float(self.mask(limit).sum() * self.voxel_ml), 3),
-            "brain_ml": round(float(self.brain.sum() * self.voxel_ml), 1),
+            "found_ml": self._ml(int(mask.sum())), "brain_ml": self._ml(int(self.brain.sum())),
+            "found_share": float(mask.sum() / self.brain.sum()),
             "scan_score": float(inside[-max(1, round(metrics.HIGHEST * len(inside))) :].mean()),
             "highest": float(self.anomaly.max()), "components": len(found), "largest": found[:20],
             "voxel_mm": nibabel.affines.voxel_sizes(self.affine).round(4).tolist(), "shape": list(self.anomaly.shape),
@@ -114,6 +116,9 @@ class Found:
         """Volume of a voxel of the scan in ml."""
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
 
+    def _ml(self, number: int) -> float | None:
+        return None if NO_SIZE in self.warnings else round(float(number * self.voxel_ml), 3)
+
     def _mm(self, places: np.ndarray) -> np.ndarray:
         return nibabel.affines.apply_affine(self.affine, places)
 
@@ -124,6 +129,34 @@ def methods(run: Path) -> list[str]:
     folder = Path(run) / "models"
     names = (name for name in models.DETECTORS if name not in SLICE_LABELS)
     return [name for name in names if (folder / f"{name}.safetensors").is_file()]
+
+
+def check_method(run: Path, method: str) -> None:
+    """Refuse a method that a run has no model of."""
+    there = methods(run)
+    if method not in there:
+        cure = f"It has: {', '.join(there)}." if there else "Run the notebook that trains it in this run first."
+        raise CourseError(f"The run {Path(run).name} has no model of {method!r}.", cure)
+
+
+def scans_of(path: Path, run: Path, modality: str = "") -> dict[str, Path]:
+    """One person's scans as `detect` takes them: a file or series by itself, of a modality or "" where its name or
+    header tells, or those that a run's detectors look at in a folder of several."""
+    path = Path(path)
+    if not path.is_dir() or dicom.is_series(path):
+        return {modality: path}
+    wanted = (modality,) if modality else cohort.of_run(str(Path(run).resolve())).modalities
+    found: dict[str, Path] = {}
+    for one in sorted(path.iterdir()):
+        own = modality_of(one) if dicom.is_series(one) or one.name.lower().endswith(volumes.SUFFIXES) else None
+        if own in found:
+            what = f"{_shown(found[own])} and {_shown(one)} both claim to be {own}."
+            raise CourseError(what, "Give the file itself, and others by --with.")
+        found |= {own: one} if own in wanted else {}
+    if not found:
+        what = f"{_shown(path)} holds no {' and no '.join(wanted)} by name."
+        raise CourseError(what, f"Name the files _{wanted[0].lower()}.nii.gz and so on, or give the file itself.")
+    return found
 
 
 def modality_of(path: Path) -> str | None:
@@ -233,10 +266,7 @@ class _Clock:
 
 
 def _detector(run: Path, method: str, device: str) -> Detector:
-    there = methods(run)
-    if method not in there:
-        cure = f"It has: {', '.join(there)}." if there else "Run the notebook that trains it in this run first."
-        raise CourseError(f"The run {run.name} has no model of {method!r}.", cure)
+    check_method(run, method)
     choose_device(device)
     detector = models.load(run / "models" / f"{method}.safetensors")
     if isinstance(detector, NetworkDetector):
@@ -247,6 +277,8 @@ def _detector(run: Path, method: str, device: str) -> Detector:
 def _placed(scans: Mapping[str, Path], prepared: Cohort) -> tuple[dict[str, Path], list[str]]:
     """The scans by the modalities they stand for, and what is odd about that."""
     wanted, named, warnings = prepared.modalities, {}, []
+    if not scans:
+        raise CourseError("There is no scan.", f"Give one of {' and '.join(wanted)}.")
     for given, path in scans.items():
         own = given or modality_of(path)
         if own is None and len(wanted) > 1:
@@ -344,7 +376,7 @@ def _unlike(subject: PreparedSubject, run: Path, prepared: Cohort) -> Iterator[s
                 f"The intensities of {modality} are spread unlike those of {scans}: their percentile "
                 f"{domain.QUANTILES[at]} is {new[i, at]:.2f}, there {low:.2f} to {high:.2f}. Expect false findings."
             )
-    if subject.facts["scan_shape"][2] == 1:
+    if subject.facts["scan_shape"][2] == 1:  # of one slice, neither size nor distance of slices says anything
         return
     litres, of_training = domain.size(subject)[0], known["litres"][:, 0]
     if unlike(np.log(known["litres"]), np.log([litres])).any():
@@ -361,6 +393,12 @@ def _edges(edges_mm: np.ndarray) -> str:
 
 def _side(mm: float) -> str:
     return "middle" if abs(mm) < MIDLINE_MM else "right" if mm > 0 else "left"
+
+
+def _middle(mask: np.ndarray) -> np.ndarray:
+    """Mean place of a mask [i, j, k] in voxels, [3]."""
+    along = (mask.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3))
+    return np.array([np.average(np.arange(len(one)), weights=one) for one in along])
 
 
 def _swap(place: Path, out: Path) -> None:
@@ -392,12 +430,33 @@ def _pictures(found: Found) -> dict:
     top = float(found.prepared.max())
     limit = found.threshold if 0 < found.threshold < np.inf else max(top, ROUNDING)
     mask = brain & (found.prepared >= limit)
-    figure = space.planes(subject, found.prepared, limit, space.middle(_largest(mask) if mask.any() else brain))
+    if len(brain) == 1:
+        figure = _slice_alone(found, limit)
+    else:
+        figure = space.planes(subject, found.prepared, limit, space.middle(_largest(mask) if mask.any() else brain))
     content = BytesIO()
     figure.savefig(content, format="png")
     plt.close(figure)
     planes = f"data:image/png;base64,{b64encode(content.getvalue()).decode()}"
     return {"planes": planes, "viewer": space.viewer(subject, found.prepared, limit).html if len(brain) > 1 else ""}
+
+
+def _slice_alone(found: Found, limit: float):
+    """A picture's one slice, and beside it with the map laid over it and what reaches the limit outlined."""
+    import matplotlib.pyplot as plt
+
+    from lib import plots
+
+    image, anomaly = found.subject.image[0, 0].astype(np.float32), found.prepared[0]
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
+    for axis in axes:
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1.2)
+        axis.axis("off")
+    over = np.ma.masked_less(anomaly, limit / 2)
+    shown = axes[1].imshow(over, cmap=plots.MAP_COLOURS, vmin=0, vmax=3 * limit, alpha=0.8)
+    plots.outline(axes[1], anomaly >= limit, plots.FOUND)
+    figure.colorbar(shown, ax=axes[1], shrink=0.8, label="anomaly, intensity")
+    return figure
 
 
 def _largest(mask: np.ndarray) -> np.ndarray:

@@ -10,8 +10,12 @@ from lib.volumes import AGAIN, Volume, check_voxels
 SUFFIXES = (".png", ".jpg", ".jpeg")
 BRAIN_MM = 170.0  # longest edge of an adult's brain in the axial slices that show most of it
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, RuntimeError, TypeError)
+NO_SIZE = (
+    f"A picture has no voxel size: its brain is taken to be {BRAIN_MM:.0f} mm long, and nothing in it is measured."
+)
 NOTES = (
-    f"A picture has no voxel size: its brain is taken to be {BRAIN_MM:.0f} mm long, and nothing in it is measured.",
+    NO_SIZE,
+    "What is above 0 in the picture is taken to be brain.",
     "It is taken as an axial slice with the front of the head up and the patient's left on the right.",
 )
 

@@ -108,7 +108,7 @@ def prepare(scans: Mapping[str, Volume], lesion: Volume | None, recipe: Recipe) 
     grid = _Grid.around(inside, next(iter(volumes.values())), recipe)
     brain = grid.sample_mask(inside)
     own_truth = canonical(lesion).voxels > 0 if lesion else np.zeros_like(inside)
-    truth = grid.sample_mask(own_truth)
+    truth = grid.sample_mask(own_truth) if lesion else np.zeros_like(brain)
     sampled = {m: grid.sample(v.voxels * inside if m == "CT" else v.voxels) for m, v in volumes.items()}
     normalised = {m: _normalisation(m, recipe)(image, brain) for m, image in sampled.items()}
     missing = np.zeros(brain.shape, np.float32), 1.0
