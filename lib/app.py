@@ -27,6 +27,7 @@ WIDE = {"layout": ipywidgets.Layout(width="min(40em, 95%)"), "style": {"descript
 PREFERRED = ("sided_ensemble", "dae")
 SCORE_SLICES = ("brain_area", "slice_index")
 BRAIN = "brain"
+OPTIONS = {" by --mask": ""}
 
 
 def finished_runs() -> list[Path]:
@@ -182,6 +183,7 @@ class Result(ipywidgets.VBox):
         self.threshold = self.viewer.controls["threshold"]
         for name in ("scan", "method", "truth", "reconstruction", "step"):  # files hold the map as the method made it
             self.viewer.controls[name].layout.display = "none"
+        self.viewer.read_out.layout.display = "none"  # counts on the prepared grid; those here count on the scan's own
         self.threshold.value = found.threshold
         self.first, self.snapped = self.threshold.value, False
         self.threshold.observe(self._slid, "value")
@@ -217,12 +219,13 @@ class Result(ipywidgets.VBox):
 
     def _count(self) -> None:
         said, promise = self.found.summary(self.limit), ""
+        share = f"{100 * said['found_share']:.2f} % of the brain"
+        much = share if said["found_ml"] is None else f"<b>{said['found_ml']:.1f} ml</b>, {share},"
         if said["promised_fpr"] is not None:
             promise = f", which {100 * said['promised_fpr']:g} % of healthy voxels reach"
-        found = f"<b>{said['found_ml']:.1f} ml</b> in <b>{said['components']}</b> components of 20 mm³ or more"
         self.figures.value = (
-            f'<p role="status">On the grid of the scan: {found}, of {said["brain_ml"]:.0f} ml of brain, '
-            f"at the threshold {self.limit:.4g}{promise}.</p>"
+            f'<p role="status">On the grid of the scan: {much} in <b>{said["components"]}</b> components of 20 mm³ or '
+            f"more, at the threshold {self.limit:.4g}{promise}.</p>"
         )
 
     def _image(self, what: str, voxels: np.ndarray) -> tuple[str, bytes]:
@@ -243,8 +246,8 @@ class Result(ipywidgets.VBox):
 
 
 def _named(text: str, names: dict[str, str]) -> str:
-    """A text with what people call their files in place of where they are kept."""
-    for path, name in names.items():
+    """A text with what people call their files in place of where they are kept, and without a command's options."""
+    for path, name in {**names, **OPTIONS}.items():
         text = text.replace(path, name)
     return text
 

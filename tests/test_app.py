@@ -1,6 +1,7 @@
 """The detection app without a browser: what can be chosen, what a scan gives, what it says when something is wrong."""
 
 import gzip
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 from conftest import simulate
+from PIL import Image
 
 import lib
 from lib import app, detection, exchange, uploads, volumes
@@ -118,6 +120,20 @@ def test_what_was_found_is_what_detection_finds(found, course):
         assert f"{stage} " in text(found)
 
 
+def test_a_picture_is_counted_as_a_share_of_its_brain(page, course):
+    voxels = volumes.read(scan_of(course)).voxels
+    middle = voxels[:, :, voxels.shape[2] // 2].T / voxels.max() * 255
+    content = io.BytesIO()
+    Image.fromarray(middle.astype(np.uint8)).resize((260, 320), Image.Resampling.NEAREST).save(content, "PNG")
+    send(page.rows["FLAIR"][0], content.getvalue(), "slice.png")
+    page.start.click()
+    result = result_of(page)
+    share = result.found.mask().sum() / result.found.brain.sum()
+    assert f"{100 * share:.2f} % of the brain" in result.figures.value
+    assert " ml" not in result.figures.value
+    assert downloaded(result.downloads[2])[1]
+
+
 def test_the_threshold_moves_the_figures_and_the_picture(found):
     result = result_of(found)
     before, picture = result.figures.value, result.viewer.picture.content
@@ -172,6 +188,7 @@ def test_a_scan_with_more_than_the_brain_is_taken_with_a_mask_of_it(page, course
     send(page.rows["FLAIR"][0], (tmp_path / "head_flair.nii.gz").read_bytes())
     page.start.click()
     assert "shows more than a brain" in text(page)
+    assert "--" not in text(page)
     send(page.brain[0], (tmp_path / "mask.nii.gz").read_bytes(), "mask.nii.gz")
     page.start.click()
     np.testing.assert_array_equal(result_of(page).found.brain, scan.voxels > 0)
