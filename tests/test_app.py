@@ -202,11 +202,14 @@ def test_a_scan_on_the_disk_is_taken_by_its_path(page, course):
     assert result_of(page).found.method == "intensity_median"
 
 
-def test_what_is_sent_stays_in_the_visit_s_folder_and_goes_with_it(found, course, tmp_path):
-    kept = Path(found.kept.name)
-    assert result_of(found).found.subject.folder.is_relative_to(kept)
-    assert list((course / "data" / "prepared" / "scans").glob("*/scan")) == []
-    found.kept.cleanup()
+def test_what_is_sent_stays_in_the_visit_s_folder_and_goes_with_it(page, course):
+    before = set((course / "data").rglob("*"))
+    send(page.rows["FLAIR"][0], scan_of(course).read_bytes())
+    page.start.click()
+    kept = Path(page.kept.name)
+    assert result_of(page).found.subject.folder.is_relative_to(kept)
+    assert {path for path in (course / "data").rglob("*") if path.is_file()} <= before
+    page.kept.cleanup()
     assert not kept.exists()
 
 

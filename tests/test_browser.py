@@ -37,8 +37,7 @@ class Server:
         environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "TMPDIR": str(visits), "EXPLORE_IDLE": str(IDLE)}
         self.course, self.visits, self.log = course, visits, visits / "log"
         with open(self.log, "w") as log:
-            command = [course / "explore.sh", "--no-browser"]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd="/", env=environment)
+            self.process = subprocess.Popen([course / "explore.sh"], stdout=log, stderr=log, cwd="/", env=environment)
         self.address = wait_for(lambda: re.search(r"http://\S+", self.log.read_text()))[0]
 
     def kernels(self):
