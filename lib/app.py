@@ -24,6 +24,8 @@ from lib.exchange import FileDownload, FileUpload
 RESEARCH = "For research, not for diagnosis."
 NO_RUN = "There is no finished run yet. Make one: ./run_all.sh"
 WIDE = {"layout": ipywidgets.Layout(width="min(40em, 95%)"), "style": {"description_width": "6em"}}
+LONG = {**WIDE, "style": {"description_width": "initial"}}
+ROW = {"flex_flow": "row wrap", "grid_gap": "8px"}
 PREFERRED = ("sided_ensemble", "dae")
 SCORE_SLICES = ("brain_area", "slice_index")
 BRAIN = "brain"
@@ -72,7 +74,7 @@ class App(ipywidgets.VBox):
         )
         self.method = ipywidgets.Dropdown(description="Method", **WIDE)
         self.rows: dict[str, tuple[FileUpload, ipywidgets.Text]] = {}
-        self.brain = self._row("mask of its brain, only where the scan shows more than the brain")
+        self.brain = self._row("brain mask", ", only where the scan shows more than the brain")
         self.scans, self.result = ipywidgets.VBox(), ipywidgets.VBox()
         self.start = ipywidgets.Button(description="Find anomalies", button_style="primary", disabled=not runs)
         self.said = ipywidgets.HTML()
@@ -102,10 +104,10 @@ class App(ipywidgets.VBox):
             self._say(str(error))
         self.scans.children = [widget for row in (*self.rows.values(), self.brain) for widget in row]
 
-    def _row(self, what: str) -> tuple[FileUpload, ipywidgets.Text]:
+    def _row(self, what: str, when: str = "") -> tuple[FileUpload, ipywidgets.Text]:
         """Places for a file that is sent and for a path."""
-        upload = FileUpload(self.folder, label=f"Send a {what} (at most {uploads.LIMIT // 2**20} MB)")
-        path = ipywidgets.Text(description="or its path", placeholder="/path/on/this/machine.nii.gz", **WIDE)
+        upload = FileUpload(self.folder, label=f"Send a {what}{when} (at most {uploads.LIMIT // 2**20} MB)")
+        path = ipywidgets.Text(description=f"or path of {what}", placeholder="/path/on/this/machine.nii.gz", **LONG)
         return upload, path
 
     def _given(self) -> tuple[dict[str, Path], Path | None, dict[str, str]]:
@@ -196,7 +198,7 @@ class Result(ipywidgets.VBox):
         grid = _paragraph("Map and mask lie on the grid of the scan that you gave.")
         self.children = [
             _heading("3. What was found"), self.figures, self.viewer,
-            _heading("4. Take it along"), ipywidgets.HBox(self.downloads, layout={"flex_flow": "row wrap"}), grid,
+            _heading("4. Take it along"), ipywidgets.HBox(self.downloads, layout=ROW), grid,
             _paragraph(RESEARCH),
         ]  # fmt: skip
 

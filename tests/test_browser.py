@@ -19,7 +19,7 @@ from lib import volumes
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
 ROOT = Path(__file__).parents[1]
-IDLE, VISITS = 4, 20
+IDLE, VISITS = 10, 20
 FIND, FIGURES = "Find anomalies", "On the grid of the scan"
 
 pytestmark = [
@@ -96,7 +96,7 @@ def said(page, words):
 def test_the_page_shows_itself_at_first_view_and_asks_nobody_else(page, server):
     assert page.get_by_label("Run").input_value() == "small"
     assert page.get_by_label("Method").input_value() == "blur"
-    for label in ("Send a FLAIR scan (at most 200 MB)", "or its path"):
+    for label in ("Send a FLAIR scan (at most 200 MB)", "or path of FLAIR scan", "or path of brain mask"):
         assert page.get_by_label(label).is_enabled()
     assert said(page, "For research, not for diagnosis").is_visible()
     elsewhere = [url for url in page.requested if not url.startswith((server.address.split("?")[0], "data:", "blob:"))]
@@ -165,4 +165,4 @@ def test_visits_leave_no_kernel_and_no_file(server):
         with urllib.request.urlopen(server.address, timeout=60) as answer:
             assert b"not for diagnosis" in answer.read()
     assert server.log.read_text().count("Kernel started") >= VISITS
-    wait_for(lambda: not server.left(), 10 * IDLE)
+    wait_for(lambda: not server.left(), 6 * IDLE)
