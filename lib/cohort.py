@@ -67,6 +67,8 @@ def prepare_scan(scans: Mapping[str, Path], recipe: Recipe, brain: Path | None =
     record = examine_scan(subject, ready, recipe.size * recipe.pixel_mm)
     if record["problems"]:
         raise _refusal(name, record, brain)
+    if grid.voxels.shape[2] == 1 and nibabel.io_orientation(grid.affine)[2, 0] != 2:
+        raise CourseError(f"{name} is a single slice that is not axial.", "Give an axial slice, or the whole series.")
     content = json.dumps([FORMAT, asdict(recipe), name, list(read), record["identity"]], sort_keys=True)
     folder = ROOT / "data" / "prepared" / "scans" / hashlib.sha256(content.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -331,10 +333,14 @@ def _alone(scans: Mapping[str, Path]) -> Subject:
 
 def _extracted(subject: Subject, scans: Mapping[str, Volume], brain: Path) -> dict[str, Volume]:
     inside = read_scan(brain, constant_allowed=True)
-    one, other = canonical(next(iter(scans.values()))), canonical(inside)
-    if not volumes.same_grid(one.voxels.shape, one.affine, other.voxels.shape, other.affine):
-        first = subject.hiding(next(iter(subject.scans.values())).name)
-        raise CourseError(f"{brain} lies on another grid than {first}.", "Give the mask that belongs to this scan.")
+    if not (inside.voxels > 0).any():
+        raise CourseError(f"{brain} is 0 everywhere.", "Give a mask that is above 0 in the brain.")
+    mask = canonical(inside)
+    for m, scan in scans.items():
+        turned = canonical(scan)
+        if not volumes.same_grid(mask.voxels.shape, mask.affine, turned.voxels.shape, turned.affine):
+            name = subject.hiding(subject.scans[m].name)
+            raise CourseError(f"{brain} lies on another grid than {name}.", "Give the mask that belongs to this scan.")
     return {m: extracted(m, scan, inside) for m, scan in scans.items()}
 
 

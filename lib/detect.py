@@ -122,8 +122,9 @@ def _names(scans: Sequence[Path]) -> Iterator[str]:
 
 def _check(given: argparse.Namespace, run: Path, jobs: Mapping[Path, Path]) -> None:
     """Refuse what would be refused for every scan."""
-    from lib import detection
+    from lib import cohort, detection
 
+    cohort.of_run(str(run))
     detection.check_method(run, given.method)
     given.modality = given.modality and _modality(given.modality)
     for out in jobs.values():
@@ -181,11 +182,11 @@ def _unusable(error: OSError) -> CourseError:
 
 
 def _failed(error: Exception) -> CourseError:
-    """A fault of the program itself, noted where it can be looked up."""
+    """A fault of the program itself; where it happened is noted without the message, which may hold a person's name."""
     log = lib.run_folder("error.log")
     log.parent.mkdir(exist_ok=True)
-    log.write_text(traceback.format_exc())
-    return CourseError(f"The detection itself failed, with {type(error).__name__}: {error}", f"{log} says where.")
+    log.write_text("".join([*traceback.format_tb(error.__traceback__), type(error).__name__]))
+    return CourseError(f"The detection itself failed, with {type(error).__name__}.", f"{log} says where.")
 
 
 def _say(refusal: CourseError) -> None:

@@ -61,8 +61,8 @@ class Found:
     method: str
     run: Path
     prepared: np.ndarray = field(repr=False)
-    marks: dict[str, str]
-    source: str
+    marks: dict[str, str] = field(default_factory=dict)
+    source: str = "given"
 
     def mask(self, threshold: float | None = None) -> np.ndarray:
         """Voxels of the brain that reach a threshold, bool [i, j, k]."""

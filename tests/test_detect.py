@@ -35,11 +35,11 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make_run(root, tmp_path_factory, write_subject):
-    """`make_run(name, modalities)` prepares a cohort of 9 healthy subjects and 2 patients, and fits the detectors."""
+    """`make_run(name, modalities)` prepares a cohort of healthy subjects and 2 patients, and fits the detectors."""
 
-    def make(name, modalities=("FLAIR",), incomplete=False):
+    def make(name, modalities=("FLAIR",), healthy=4, incomplete=False):
         scans = tmp_path_factory.mktemp(name)
-        for i in range(9):
+        for i in range(healthy):
             write_subject(scans / f"h{i}", 100 + i, modalities, 0)
         for i in range(2):
             write_subject(scans / f"p{i}", i, modalities[:1] if incomplete and i else modalities)
@@ -56,7 +56,7 @@ def make_run(root, tmp_path_factory, write_subject):
 
 @pytest.fixture(scope="module")
 def run(make_run):
-    return make_run(RUN)
+    return make_run(RUN, healthy=9)
 
 
 @pytest.fixture(scope="module")
@@ -162,15 +162,17 @@ def test_the_threshold_is_the_frozen_one_and_is_kept(make_run, scan, monkeypatch
     assert (own.threshold, own.promised, own.summary()["threshold_from"]) == (0.5, None, "given")
 
 
-def test_a_run_that_may_only_be_read_is_enough(make_run, scan, monkeypatch):
-    run = make_run("reading")
+def test_a_run_that_may_only_be_read_is_enough(run, scan, monkeypatch):
+    kept = [run / "training.json", run / "models" / f"{METHOD}.threshold.json"]
+    for path in kept:
+        path.unlink(missing_ok=True)
 
     def refuse(path, content):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(detection.volumes, "write_bytes", refuse)
     assert np.isfinite(detection.detect({"FLAIR": scan}, run, METHOD).threshold)
-    assert not (run / "training.json").exists()
+    assert not any(path.exists() for path in kept)
 
 
 def test_the_map_is_that_of_the_detector_and_0_outside_the_brain(found):
@@ -302,6 +304,9 @@ def test_a_mask_takes_the_skull_off_whichever_way_its_axes_point(run, scan, tmp_
     np.testing.assert_array_equal(result.brain, np.pad(brain, 8))
     with pytest.raises(CourseError, match="another grid"):
         detection.detect({"FLAIR": scan}, run, METHOD, brain=tmp_path / "mask.nii.gz")
+    volumes.write(tmp_path / "none.nii.gz", np.zeros(voxels.shape, np.uint8), image.affine)
+    with pytest.raises(CourseError, match="is 0 everywhere"):
+        detection.detect({"FLAIR": scan}, run, METHOD, brain=tmp_path / "none.nii.gz")
 
 
 def moved(affine, voxels):
@@ -390,6 +395,18 @@ def test_several_scans_have_folders_of_their_own_and_a_broken_one_is_refused(run
     assert "3/3" in said.out
     assert "preparation" in said.out
     assert "Traceback" not in said.err
+
+
+def test_a_fault_of_the_program_leaves_no_message_behind(run, scan, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("^".join(["Doe", "Jane"]))
+
+    monkeypatch.setattr(cohort, "prepare_scan", fail)
+    assert detect.main([str(scan), "--run", str(run), "--method", METHOD, "--out", str(tmp_path / "out")]) == 1
+    assert "failed, with RuntimeError" in (said := capsys.readouterr().err)
+    log = lib.run_folder("error.log").read_text()
+    assert "in fail" in log
+    assert "Doe^Jane" not in said + log
 
 
 @pytest.mark.parametrize(
