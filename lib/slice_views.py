@@ -146,13 +146,20 @@ def _size(shape: tuple[int, int], edges: Sequence[float]) -> tuple[tuple[int, in
 
 
 def _enlarged(panel: Panel, size: tuple[int, int]) -> np.ndarray:
-    """A panel at its size, each pixel the nearest voxel's colour, the outlines two pixels wide."""
+    """A panel at its size, each pixel the nearest voxel's colour, the outlines two pixels wide with a rim."""
     result = _nearest(panel.pixels, size)
     for mask, colour in panel.outlines:
         if mask.any():
             large = _nearest(mask.astype(np.uint8), size) > 0
+            result[_beside(large)] = 0  # a dark rim, or the line is lost on a map's bright colours
             result[large & ~eroded(large[None])[0]] = _bytes(colour)
     return result
+
+
+def _beside(mask: np.ndarray) -> np.ndarray:
+    """The pixels that touch a mask [row, column] from outside, by an edge."""
+    wide = np.pad(mask, 1)
+    return (wide[2:, 1:-1] | wide[:-2, 1:-1] | wide[1:-1, 2:] | wide[1:-1, :-2]) & ~mask
 
 
 def _nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,9 +1,12 @@
-"""The benchmark of trained detectors: its folds, and its figures on patients whose answer is known."""
+"""Benchmarks: folds, figures on patients whose answer is known, and the viewer's moves that are timed."""
+
+import io
 
 import made_cohort
 import pytest
+from PIL import Image
 
-from benchmarks import detectors_on_brats
+from benchmarks import detectors_on_brats, viewer
 from lib import models, single_scan
 from lib.intake import LESION_FREE
 
@@ -31,3 +34,15 @@ def test_figures_are_those_of_each_patient_s_own_map(whole):
     assert found["intensity"] == {s.id: single_scan.precision(s, plain.maps(s)) for s in whole.subjects}
     assert found["atlas_z"].keys() == found["intensity"].keys()
     assert set(seconds) == set(found)
+
+
+def test_the_viewer_s_benchmark_moves_a_viewer_of_the_size_and_plots_the_same_panels():
+    looked = viewer.made_up(96)
+    assert looked.case.brain.shape == (75, 96, 96)
+    assert looked.promise.rate(looked["threshold"]) <= 0.01
+    assert looked.figures["dice"] > 0.5
+    ours, peer = (Image.open(io.BytesIO(png)) for png in (looked.picture.content, viewer.replotted(looked, 37)))
+    assert peer.size[0] == pytest.approx(ours.size[0], rel=0.05)
+    found = viewer.measured(96, 1)
+    assert found.keys() >= {"slice", "threshold", "matplotlib"}
+    assert all(ms > 0 for ms in found.values())
