@@ -21,6 +21,7 @@ from test_dicom import MEANT, series, write
 from lib import dicom, uploads, volumes
 from lib.errors import CourseError
 
+REAL = Path(__file__).parents[2] / "shared" / "data" / "dicom_sag_t1"
 NIFTI = nibabel.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.diag([2.0, 2, 2, 1])).to_bytes()
 
 
@@ -77,6 +78,15 @@ def test_a_series_in_an_archive_is_the_volume_that_the_folder_is(tmp_path, image
     assert len(list(received.path.iterdir())) == len(images)
     assert np.array_equal(dicom.read(received.path).voxels, MEANT)
     assert not (received.path.parent / "sent").exists()
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs the DICOM series in ../shared/data")
+def test_a_scanner_s_series_is_the_same_volume_from_an_archive_of_it(tmp_path):
+    files = [(path.name, path.read_bytes()) for path in sorted(REAL.iterdir()) if path.is_file()]
+    received = send(tmp_path, zipped(files, zipfile.ZIP_STORED), piece=2**22)
+    sent, original = dicom.read(received.path), dicom.read(REAL)
+    assert np.array_equal(sent.voxels, original.voxels)
+    assert np.array_equal(sent.affine, original.affine)
 
 
 def test_one_dicom_file_is_a_series(tmp_path, images):
