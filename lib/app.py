@@ -171,36 +171,24 @@ class Result(ipywidgets.VBox):
     `folder`: where files are made."""
 
     def __init__(self, found, folder: Path):
-        from lib import cases, cohort
-        from lib.viewer import SliceViewer
-
         super().__init__()
-        subject, run = found.subject, str(found.run)
-        case = cases.Case(
-            subject.id, tuple(subject.facts["modality"].split("+")), subject.image, subject.brain,
-            subject.voxel_mm[::-1], {found.method: found.prepared},
-        )  # fmt: skip
         self.found, self.folder, self.figures = found, folder, ipywidgets.HTML()
-        self.viewer = SliceViewer([case], cases.promises_of_run(run, cohort.of_run(run)))
+        self.viewer = _viewer(found)
         self.threshold = self.viewer.controls["threshold"]
-        for name in ("scan", "method", "truth", "reconstruction", "step"):  # files hold the map as the method made it
-            self.viewer.controls[name].layout.display = "none"
-        self.viewer.read_out.layout.display = "none"  # counts on the prepared grid; those here count on the scan's own
         self.threshold.value = found.threshold
         self.first, self.snapped = self.threshold.value, False
         self.threshold.observe(self._slid, "value")
-        self._count()
         self.downloads = [
             FileDownload("Anomaly map (NIfTI)", lambda: self._image("anomaly", found.anomaly)),
             FileDownload("Mask (NIfTI)", lambda: self._image("mask", found.mask(self.limit).astype(np.uint8))),
             FileDownload("Report (one page)", self._report),
         ]
-        grid = _paragraph("Map and mask lie on the grid of the scan that you gave.")
         self.children = [
             _heading("3. What was found"), self.figures, self.viewer,
-            _heading("4. Take it along"), ipywidgets.HBox(self.downloads, layout=ROW), grid,
-            _paragraph(RESEARCH),
+            _heading("4. Take it along"), ipywidgets.HBox(self.downloads, layout=ROW),
+            _paragraph("Map and mask lie on the grid of the scan that you gave."), _paragraph(RESEARCH),
         ]  # fmt: skip
+        self._count()
 
     @property
     def limit(self) -> float:
@@ -245,6 +233,23 @@ class Result(ipywidgets.VBox):
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             detection.write(found, Path(place) / "result")
             return f"{found.subject.id}_{found.method}.html", (Path(place) / "result" / "report.html").read_bytes()
+
+
+def _viewer(found):
+    """A viewer of the map as the method made it, which is what the files hold; figures are shown elsewhere."""
+    from lib import cases, cohort
+    from lib.viewer import SliceViewer
+
+    subject, run = found.subject, str(found.run)
+    case = cases.Case(
+        subject.id, tuple(subject.facts["modality"].split("+")), subject.image, subject.brain,
+        subject.voxel_mm[::-1], {found.method: found.prepared},
+    )  # fmt: skip
+    viewer = SliceViewer([case], cases.promises_of_run(run, cohort.of_run(run)))
+    hidden = [viewer.controls[name] for name in ("scan", "method", "step", "truth", "reconstruction")]
+    for widget in (*hidden, viewer.read_out):
+        widget.layout.display = "none"
+    return viewer
 
 
 def _named(text: str, names: dict[str, str]) -> str:
