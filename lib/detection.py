@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
+from warnings import catch_warnings
 
 import nibabel
 import numpy as np
@@ -290,6 +291,8 @@ def _placed(scans: Mapping[str, Path], prepared: Cohort) -> tuple[dict[str, Path
             warnings.append(f"Nothing says which modality the scan is; it is taken as {stands_for}.")
         elif own != stands_for:
             warnings.append(f"The scan seems to be {own}, and stands in for {stands_for}, which the detector learnt.")
+        if stands_for in named:
+            raise CourseError(f"Two scans are {stands_for}.", "Give one of them, or say what the other is.")
         named[stands_for] = Path(path)
     missing = [m for m in wanted if m not in named]
     if missing and not (prepared.incomplete and len(missing) < len(wanted)):
@@ -438,7 +441,10 @@ def _pictures(found: Found) -> dict:
     figure.savefig(content, format="png")
     plt.close(figure)
     planes = f"data:image/png;base64,{b64encode(content.getvalue()).decode()}"
-    return {"planes": planes, "viewer": space.viewer(subject, found.prepared, limit).html if len(brain) > 1 else ""}
+    if len(brain) == 1:
+        return {"planes": planes, "viewer": ""}
+    with catch_warnings(action="ignore", category=UserWarning):  # where nothing reaches the limit, the page says so
+        return {"planes": planes, "viewer": space.viewer(subject, found.prepared, limit).html}
 
 
 def _slice_alone(found: Found, limit: float):

@@ -98,8 +98,10 @@ def identifiers(files: Iterable[Path]) -> frozenset[str]:
 
 
 def patient(folder: Path) -> frozenset[str]:
-    """What leads to the person of a series, from its first file."""
-    return identifiers(islice(_files(Path(folder)), 1))
+    """What leads to the person of a series, from its first file, or of the series in the folders of a folder."""
+    folder = Path(folder)
+    below = sorted(folder.iterdir()) if folder.is_dir() and not is_series(folder) else []
+    return identifiers(path for place in (folder, *below) for path in islice(_files(place), 1))
 
 
 def shown(path: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -216,6 +217,14 @@ def test_what_is_written_lies_on_the_scan_s_grid_and_the_page_loads_nothing(foun
     assert "data:image/png" in page
 
 
+def test_a_threshold_that_nothing_reaches_is_none(found, tmp_path):
+    paths = detection.write(replace(found, threshold=float("inf")), tmp_path / "out")
+    summary = json.loads(paths[2].read_text())
+    assert (summary["threshold"], summary["found_ml"], summary["largest"]) == (None, 0, [])
+    assert not np.asarray(nibabel.load(paths[1]).dataobj).any()
+    assert "none is high enough" in paths[3].read_text()
+
+
 def test_nothing_is_written_over_and_nothing_stays_half(found, tmp_path, monkeypatch):
     out = tmp_path / "out"
     detection.write(found, out)
@@ -329,6 +338,8 @@ def test_a_run_of_several_modalities_asks_for_each(two, tmp_path, write_subject,
     folder = detection.detect(detection.scans_of(person, two), two, METHOD)
     written = nibabel.load(tmp_path / "out" / "anomaly.nii.gz")
     np.testing.assert_array_equal(np.asarray(written.dataobj, np.float32), folder.anomaly)
+    with pytest.raises(CourseError, match="Two scans are FLAIR"):
+        detection.detect({"": flair, "FLAIR": t2}, two, METHOD)
     shutil.copy(flair, person / "n_t2f.nii.gz")
     with pytest.raises(CourseError, match="both claim to be FLAIR"):
         detection.scans_of(person, two)
@@ -456,6 +467,18 @@ def test_a_real_series_comes_back_on_its_own_geometry_and_leaves_no_name(run, tm
     assert "The scan seems to be T1" in said
     assert named.name not in said
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["scan"] == "scan"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real scans of ../shared/data are not here")
+def test_a_folder_of_series_gives_no_one_s_name_to_its_results(tmp_path):
+    number = max(dicom.patient(REAL / "dicom_axial_pd"), key=len)
+    (tmp_path / number).mkdir()
+    (tmp_path / number / "PD").symlink_to(REAL / "dicom_axial_pd")
+    assert cohort.name_of(tmp_path / number) == "scan"
+    assert cohort.name_of(tmp_path / number / "PD") == "PD"
+    assert list(detect._names([tmp_path / number, tmp_path / number / "PD", tmp_path / number])) == [
+        "scan", "PD", "scan-2",
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real scans of ../shared/data are not here")
