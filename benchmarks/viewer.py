@@ -56,9 +56,10 @@ def milliseconds(move: Callable[[int], object], moves: int) -> float:
 
 
 def replotted(viewer: SliceViewer, number: int) -> bytes:
-    """The viewer's three panels of an axial slice, by matplotlib."""
+    """The viewer's three panels of an axial slice in as many pixels, by matplotlib."""
     case, at = viewer.case, viewer["threshold"]
-    figure, axes = plt.subplots(1, 3, figsize=(14.4, 4.8), dpi=100, layout="constrained")
+    height, width = viewer.view.pixels.shape[:2]
+    figure, axes = plt.subplots(1, 3, figsize=(width / 100, height / 100), layout="constrained")
     anomaly = values_of(viewer.code[number]).astype(np.float32)
     pictures = (case.image[0, number], case.redraws["noise"](number)[0], anomaly)
     kinds = (("gray", 1.2, "scan"), ("gray", 1.2, "redrawn"), (MAP_COLOURS, viewer.top, "noise"))
@@ -70,7 +71,7 @@ def replotted(viewer: SliceViewer, number: int) -> bytes:
         axis.axis("off")
         figure.colorbar(shown, ax=axis, orientation="horizontal")
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    figure.savefig(content, format="png", dpi=100)
     plt.close(figure)
     return content.getvalue()
 

@@ -1,7 +1,7 @@
 """What a viewer looks at: scans with anomaly maps, what a threshold promises, and what it finds."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 
 import numpy as np
@@ -185,7 +185,9 @@ def of_run(run: str, cohort: Cohort) -> list[Case]:
 
 
 def promises_of_run(run: str, cohort: Cohort) -> Lazy:
-    """By (method, step of the map) the Promise of the run's healthy validation material, None where there is none."""
+    """By (method, step of the map) the Promise of the run's healthy validation material, None where there is none;
+    prepared voxels are counted, for these are shown."""
+    cohort = replace(cohort, grid="prepared")
 
     def make(key: tuple[str, str]) -> Promise | None:
         counts = judging.healthy_counts(run, key[0], cohort, key[1])

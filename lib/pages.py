@@ -109,10 +109,10 @@ def _main_pictures(cell: nbformat.NotebookNode, page: dict) -> list[dict]:
     place = f"notebooks/{page['name']}.html#{notes.anchor}"
     shared = {"place": place, "title": page["title"], "caption": notes.caption, "alt": notes.alt}
     shown = (output.get("data", {}).get("image/png") for output in cell.outputs)
-    return [shared | _picture(png.replace("\n", "")) for png in shown if png]
+    return [shared | picture(png.replace("\n", "")) for png in shown if png]
 
 
-def _picture(png: str) -> dict:
+def picture(png: str) -> dict:
     """Source and size in pixels of a base64-coded PNG; the size stands in bytes 16 to 24 of its header."""
     width, height = struct.unpack(">II", b64decode(png)[16:24])
     return {"source": f"data:image/png;base64,{png}", "width": width, "height": height, "wide": width > 2 * height}

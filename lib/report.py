@@ -33,7 +33,7 @@ FURTHER = [key for key in METRICS if key not in MAIN]
 
 
 def write(folder: Path) -> Path:
-    """Write `index.html` and `notebooks/*.html` of a run and return the index.
+    """Write `index.html`, `notebooks/*.html` and, where there are maps, `scrubber.html` of a run; return the index.
 
     `folder` is `reports/<run>/`. Of its files only `run.json` must be there: a run that failed or
     was interrupted gets a report of what there is. Raises CourseError where `run.json` is missing
@@ -48,6 +48,7 @@ def write(folder: Path) -> Path:
     context = _what_ran(run) | _figures(folder) | {"run": run, "pages": pages, "files": _files(folder)}
     context["data"] = _data_lines(run, context["cohort"])
     context["pictures"] = [picture for page in pages.values() for picture in page["pictures"]]
+    context["scrubber"] = _write_scrubber(folder, run, context["embedded"], environment)
     _save(index, environment.get_template("index.html.j2").render(context))
     return index
 
@@ -241,3 +242,18 @@ def _write_pages(folder: Path, run: dict, pages: list[dict], environment: Enviro
     for before, page, after in around:
         html = template.render(run=run, page=page, before=before, after=after, code_style=code_style)
         _save(folder / "notebooks" / f"{page['name']}.html", html)
+
+
+def _write_scrubber(folder: Path, run: dict, embedded: bool, environment: Environment) -> dict | None:
+    """Write `scrubber.html`; what it shows, or None and no page where the run has no maps that it could show."""
+    page, shown = folder / "scrubber.html", None
+    if (folder / "maps").is_dir():
+        from lib import scrubber  # with all that reads maps
+
+        shown = scrubber.read(folder)
+    if shown:
+        html = environment.get_template("scrubber.html.j2").render(run=run, embedded=embedded, **shown)
+        _save(page, html)
+    else:
+        page.unlink(missing_ok=True)
+    return shown

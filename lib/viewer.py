@@ -336,7 +336,7 @@ def _share(rate: float) -> str:
 def _words(figures: Mapping[str, float]) -> str:
     """The figures of a whole scan in a sentence."""
     said = f"Whole scan: detected {figures['ml']:.1f} ml in {_pieces(figures['components'])}"
-    if "truth_ml" in figures:
+    if figures.get("truth_components"):
         said += f"; truth {figures['truth_ml']:.1f} ml in {_pieces(figures['truth_components'])}"
     return said + (f"; Dice {figures['dice']:.2f}" if "dice" in figures else "")
 

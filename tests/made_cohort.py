@@ -21,7 +21,8 @@ def write(folder, *, healthy=(3, 2, 2), patients=3, modalities=("FLAIR",), train
         _subject(folder / f"s{i:02d}", random, split, well, modalities) for i, (split, well) in enumerate(roles)
     ]
     manifest = {
-        "format": cohort.FORMAT, "hash": f"cohort{seed}", "recipe": {"modalities": modalities, "size": SIZE},
+        "format": cohort.FORMAT, "hash": f"cohort{seed}",
+        "recipe": {"modalities": modalities, "size": SIZE, "normalisation": "p99"},
         "training": training, "subjects": subjects, "left_out": [],
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -51,5 +52,6 @@ def _subject(folder, random, split, healthy, modalities):
         "missing": [],
         "acquisition": {m: {} for m in modalities},
         "shape": brain.shape,
+        "prepared_lesion_ml": round(float(lesion.sum() * 0.008), 3),
         "lesion_slices": np.flatnonzero(lesion.any(axis=(1, 2))).tolist(),
     }

@@ -6,6 +6,7 @@ import sys
 from itertools import count
 from pathlib import Path
 
+import dicom2nifti
 import nibabel
 import numpy as np
 import pydicom
@@ -281,6 +282,18 @@ def test_real_series_are_what_another_converter_makes_of_them(tmp_path, name):
         np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-3)
     if volume.oriented:
         np.testing.assert_allclose(ours.get_fdata(), theirs.get_fdata(), atol=1e-3)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real scans of ../shared/data are not here")
+@pytest.mark.parametrize("name", ["dicom_sag_t1", "dicom_axial_pd"])
+def test_real_series_are_what_a_second_converter_makes_of_them_to_the_last_axis(tmp_path, name):
+    dicom2nifti.dicom_series_to_nifti(REAL / name, tmp_path / "theirs.nii", reorient_nifti=False)
+    theirs = nibabel.as_closest_canonical(nibabel.load(tmp_path / "theirs.nii"))
+    volume = dicom.read(REAL / name)
+    ours = nibabel.as_closest_canonical(nibabel.Nifti1Image(volume.voxels, volume.affine))
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours.affine, theirs.affine, atol=1e-3)
+    np.testing.assert_allclose(ours.get_fdata(), theirs.get_fdata(), atol=1e-3)
 
 
 def test_ct_is_in_hounsfield_units(tmp_path):

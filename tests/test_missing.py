@@ -58,6 +58,8 @@ def test_training_leaves_out_some_modalities_but_never_all():
     assert 0.15 < 1 - there[20:, :2].float().mean() < 0.3
     assert torch.equal(there[20:, :2], there[20:, 2:])  # further channels go with their own
     assert torch.equal(left[there], image[there])
+    volumes = training.leave_out({"image": image[..., None].repeat(1, 1, 1, 1, 3)}, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(volumes["image"][..., 1], left)
 
 
 @pytest.mark.parametrize("kind", ["signed", "absolute"])

@@ -158,6 +158,20 @@ def test_augmentation_of_nothing_is_the_identity(monkeypatch):
         assert torch.allclose(before, after, atol=1e-4) or torch.allclose(before.flip(-1), after, atol=1e-4)
 
 
+def test_a_volume_is_turned_in_the_plane_as_each_of_its_slices():
+    flat = torch.zeros(8, 32, 32, dtype=torch.bool)
+    flat[:, 8:20, 10:28] = True
+    high = torch.zeros(8, 6, 32, 32, dtype=torch.bool)
+    high[:, 1:4] = flat[:, None]
+    turned = [training.augment({"image": brain[:, None].float(), "brain": brain}, torch.Generator().manual_seed(0))
+              for brain in (flat, high)]  # fmt: skip
+    for key in ("image", "brain"):
+        slices, volumes = (one[key] for one in turned)
+        for number in (1, 2, 3):
+            torch.testing.assert_close(volumes[..., number, :, :], slices, atol=1e-4, rtol=0)
+        assert not volumes[..., [0, 4, 5], :, :].any()
+
+
 def test_the_learning_rate_falls_along_a_cosine_or_stays():
     plan = Plan(10, 8, 1e-2, 3, cosine=True)
     assert [plan.rate(done) for done in (0, 0.5, 1)] == pytest.approx([1e-2, 5e-3, 0])

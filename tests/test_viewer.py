@@ -328,6 +328,31 @@ def test_the_reconstruction_is_the_detector_s_own_loaded_when_it_is_asked_for(ru
     assert len(look.view.corners) == 2
 
 
+def test_a_detector_of_whole_volumes_looks_once_at_a_scan(run, monkeypatch):
+    looks = []
+
+    class Whole:
+        def expected(self, subject):
+            looks.append(subject.id)
+            return subject.image / 2
+
+    monkeypatch.setattr(models, "load", lambda path: Whole())
+    look = viewer.of_run("run", run).show(method="ae", reconstruction=True, plane="coronal", slice=16)
+    assert looks == [look["scan"]]
+    whole = look.case.image[0].astype(np.float32)
+    np.testing.assert_allclose(look._reconstruction(), whole[:, 16][::-1] / 2, atol=1e-3)
+
+
+def test_a_modality_that_is_missing_is_not_offered(look):
+    image = made().image.copy()
+    image[0] = 0
+    both = SliceViewer([made(), made("without", image=image)]).show(scan="without")
+    assert both.controls["modality"].options == ("T2",)
+    both.show(scan="one")
+    assert both.controls["modality"].options == ("FLAIR", "T2")
+    assert both["modality"] == "T2"  # it stays where it was
+
+
 def test_what_draws_is_known_without_loading_anything():
     assert models.draws("ae")
     assert models.draws("cae3d")
