@@ -1,8 +1,11 @@
 """Small synthetic scans in the layout of BraTS, and a course folder of their own for tests that write."""
 
 import os
+import shutil
+import subprocess
 import sys
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, a 
 
 from lib import cohort, intake, volumes  # noqa: F401 (course_root needs them loaded)
 
+HERE = Path(__file__).parent
 SEMI_AXES_MM = np.array([65.0, 80.0, 60.0])  # an ellipsoid of 1.3 litres
 MODALITIES = ("FLAIR", "T1", "T2")
 
@@ -76,4 +80,18 @@ def course_root(tmp_path, monkeypatch):
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "lib" and hasattr(module, "ROOT"):
             monkeypatch.setattr(module, "ROOT", root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A course folder of its own with a finished run, `small`, that has models; `scans/p0 …` and `scans/h0 …` are its
+    scans."""
+    root = tmp_path_factory.mktemp("finished") / "course"
+    for name in ("lib", "notebooks"):
+        shutil.copytree(HERE.parent / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for i in range(8):
+        _write_subject(root / "scans" / f"p{i}", seed=i, radius_mm=11 + 2 * i)
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, HERE / "made_run.py"], env=environment, cwd=root, check=True, capture_output=True)
     return root

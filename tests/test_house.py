@@ -16,11 +16,12 @@ FLOORS = {
     "training": 3, "adversarial": 3, "models": 3, "baselines": 3, "lesions": 3, "scoring": 4, "evaluation": 4,
     "plots": 4, "metrics": 1, "components": 1, "postprocessing": 2, "judging": 4, "figures": 4, "traps": 4,
     "slice_traps": 4, "domain": 4, "approaches": 4, "single_scan": 4, "probes": 4, "thresholds": 2, "space": 4,
-    "reshape": 4, "transfer": 4, "confounding": 4, "slice_views": 4, "cases": 4, "detection": 4, "viewer": 5,
-    "report": 5, "pages": 5, "scrubber": 5, "settings": 6, "runner": 6, "jobs": 6, "runs": 6, "course": 6,
-    "detect": 6,
+    "reshape": 4, "transfer": 4, "confounding": 4, "slice_views": 4, "cases": 4, "uploads": 1, "detection": 4,
+    "report": 5, "pages": 5, "scrubber": 5, "exchange": 5, "viewer": 5, "app": 5, "settings": 6, "runner": 6,
+    "jobs": 6, "runs": 6, "course": 6, "detect": 6,
 }  # fmt: skip
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+EXPLORE = ROOT / "notebooks" / "explore.ipynb"  # the app's page: no part of the course's sequence
 
 
 def imported(path):
@@ -78,7 +79,22 @@ def test_notebooks_are_stored_stripped_short_celled_and_end_in_a_summary(path):
     assert "print(" in "".join(code[-1]["source"])
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_app_s_page_is_stored_stripped_with_little_code_of_its_own():
+    cells = json.loads(EXPLORE.read_text())["cells"]
+    code = [c for c in cells if c["cell_type"] == "code"]
+    prose = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    assert not any(c["outputs"] or c["execution_count"] for c in code)
+    assert sum(len(c["source"]) for c in code) <= 15
+    assert cells[0]["source"][0].startswith("# ")
+    assert "?" in cells[0]["source"][0]
+    assert "For research, not for diagnosis" in prose
+
+
+def test_there_are_no_other_notebooks():
+    assert set((ROOT / "notebooks").glob("*.ipynb")) == {*NOTEBOOKS, EXPLORE}
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, EXPLORE], ids=lambda p: p.stem)
 def test_every_parameter_is_a_literal_with_a_comment(path):
     cells = json.loads(path.read_text())["cells"]
     (parameters,) = (c for c in cells if "parameters" in c["metadata"].get("tags", []))

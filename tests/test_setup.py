@@ -218,7 +218,7 @@ def test_every_requirement_is_pinned(name):
     assert all(line.count("==") == 1 for line in lines if line and line != "-r requirements.txt")
 
 
-@pytest.mark.parametrize("script", ["run_all.sh", "run_tests.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["run_all.sh", "run_tests.sh", "explore.sh", ".ci/run"])
 def test_scripts_can_be_started(script):
     assert os.access(ROOT / script, os.X_OK)
     subprocess.run(["bash", "-n", ROOT / script], check=True)
