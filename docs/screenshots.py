@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 METHOD, COLOURS = "sided_ensemble", 128
 REPORT = {"width": 800, "height": 2300}
-APP = {"width": 1200, "height": 1500}
+PAGE = {"width": 800, "height": 600}
+APP = {"width": 1200, "height": 1800}
 
 
 def main(run: Path) -> None:
@@ -30,6 +31,7 @@ def main(run: Path) -> None:
         page = browser.new_page(viewport=REPORT)
         page.goto((run.resolve() / "index.html").as_uri())
         keep("report", page.screenshot())
+        page.set_viewport_size(PAGE)
         page.goto((run.resolve() / "scrubber.html").as_uri())
         keep("scrubber", page.screenshot(full_page=True))
         page.set_viewport_size(APP)
@@ -57,7 +59,7 @@ def detect(page: Page, run: Path) -> None:
     page.get_by_label("or path of FLAIR scan").fill(str(largest(run)))
     page.keyboard.press("Tab")
     page.get_by_role("button", name="Find anomalies").click()
-    page.get_by_text("On the grid of the scan").wait_for(timeout=120_000)
+    page.get_by_text("On the grid of the scan").first.wait_for(timeout=120_000)
     time.sleep(2)
 
 
