@@ -7,11 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from lib import metrics
 from lib.cohort import Cohort, PreparedSubject
@@ -48,6 +43,8 @@ def domain_classifier(
     `p_value` is (1 + shuffled labels that reach the AUROC) / (1 + permutations). None where either class has fewer
     than 4 subjects.
     """
+    from sklearn.metrics import roc_auc_score
+
     members = [s for s in prepared.subjects if s.id in groups]
     labels = np.array([groups[s.id] for s in members], bool)
     scores = held_out_scores(members, labels, seed)
@@ -153,6 +150,11 @@ def _drawn(positive: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def _held_out(table: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    from sklearn.linear_model import LogisticRegression  # half a second that the features alone do without
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     folds = StratifiedKFold(min(FOLDS, labels.sum(), (~labels).sum()), shuffle=True, random_state=seed)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=STRENGTH, max_iter=1000))
     return cross_val_predict(model, table, labels, cv=folds, method="decision_function")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from joblib import Parallel, delayed
 
-from lib import ROOT, acquisition, datasets, dicom, phantom, privacy, volumes
+from lib import ROOT, acquisition, datasets, dicom, privacy, volumes
 from lib.boxes import extent_mm
 from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES, Subject
 from lib.errors import CourseError, check_least
@@ -324,6 +324,8 @@ def _stat(path):
 
 
 def _embedded(healthy: int, patients: int, voxel_mm: float, seed: int) -> Path:
+    from lib import phantom  # and nilearn with it, which scans of one's own do without
+
     folder = ROOT / "data" / "embedded" / phantom.folder_name(healthy, patients, voxel_mm, seed)
     numbers = {"healthy": healthy, "patients": patients, "voxel_mm": voxel_mm, "seed": seed}
     there = (folder / "participants.tsv").exists()
