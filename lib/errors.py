@@ -26,3 +26,10 @@ def check_least(name: str, value: float, least: float) -> None:
     """Refuse a number below the least, and one that is not finite."""
     if not least <= value < float("inf"):
         raise CourseError(f"{name} is {value}.", f"Give a number of at least {least:g}.")
+
+
+def check_multiple(name: str, value: int, unit: int) -> None:
+    """Refuse a number that is no multiple of a unit, and one below it."""
+    check_least(name, value, unit)
+    if value % unit:
+        raise CourseError(f"{name} is {value}.", f"Give a multiple of {unit}.")

@@ -21,7 +21,7 @@ from lib import metrics, single_scan
 from lib.boxes import Box, extent_mm, middle_of
 from lib.cohort import Cohort, PreparedSubject
 from lib.components import bounding_box
-from lib.errors import CourseError, check_least
+from lib.errors import CourseError, check_least, check_multiple
 from lib.models import cae3d
 from lib.models.detector import residual
 from lib.preprocessing import HALVINGS
@@ -67,11 +67,10 @@ class Settings:
     learning_rate: float = 5e-3
 
     def __post_init__(self):
-        for name, least in (("groups", 1), ("side", LEAST_SIDE), ("width", cae3d.GROUPS), ("code", cae3d.GROUPS)):
-            check_least(name, getattr(self, name), least)
+        check_least("groups", self.groups, 1)
+        check_least("side", self.side, LEAST_SIDE)
         for name, unit in (("side", HALVINGS), ("width", cae3d.GROUPS), ("code", cae3d.GROUPS)):
-            if getattr(self, name) % unit:
-                raise CourseError(f"{name} is {getattr(self, name)}.", f"Give a multiple of {unit}.")
+            check_multiple(name, getattr(self, name), unit)
 
 
 @dataclass(frozen=True)

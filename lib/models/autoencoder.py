@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from lib.cohort import Cohort
-from lib.errors import CourseError, check_choice, check_least
+from lib.errors import check_choice, check_least, check_multiple
 from lib.models.detector import SliceDetector, residual
 from lib.preprocessing import HALVINGS
 from lib.training import Batch, Forward, History, Plan, choose_device, derived_seed, train
@@ -49,9 +49,7 @@ class Settings:
         check_choice("loss", self.loss, ("l2", "ssim"))
         check_choice("residual", self.residual, ("signed", "absolute"))
         check_least("code", self.code, 1)
-        check_least("width", self.width, GROUPS)
-        if self.width % GROUPS:
-            raise CourseError(f"width is {self.width}.", f"Give a multiple of {GROUPS}.")
+        check_multiple("width", self.width, GROUPS)
 
 
 class Network(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from lib.boxes import Box
 from lib.cohort import Cohort, PreparedSubject
-from lib.errors import CourseError, check_choice, check_least
+from lib.errors import CourseError, check_choice, check_least, check_multiple
 from lib.models.detector import NetworkDetector, residual
 from lib.preprocessing import HALVINGS
 from lib.training import Batch, Forward, History, Plan, choose_device, derived_seed, train
@@ -43,9 +43,7 @@ class Settings:
         check_least("voxel_mm", self.voxel_mm, 0.5)
         check_least("box", self.box, 2 * HALVINGS)  # a code of one place cannot be normalised
         for name, unit in (("box", HALVINGS), ("width", GROUPS), ("code", GROUPS)):
-            check_least(name, getattr(self, name), unit)
-            if getattr(self, name) % unit:
-                raise CourseError(f"{name} is {getattr(self, name)}.", f"Give a multiple of {unit}.")
+            check_multiple(name, getattr(self, name), unit)
 
 
 def network(channels: int, width: int, code: int) -> AutoEncoder:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from lib import adversarial
 from lib.adversarial import WATCHED, Players, in_parts, small
 from lib.cohort import Cohort, PreparedSubject
-from lib.errors import CourseError, check_choice, check_least
+from lib.errors import CourseError, check_choice, check_least, check_multiple
 from lib.models.detector import SliceDetector
 from lib.training import History, Plan, derived_seed
 
@@ -51,9 +51,7 @@ class Settings:
         check_choice("residual", self.residual, ("signed", "absolute"))
         for name in ("latent", "shrink"):
             check_least(name, getattr(self, name), 1)
-        check_least("width", self.width, GROUPS)
-        if self.width % GROUPS:
-            raise CourseError(f"width is {self.width}.", f"Give a multiple of {GROUPS}.")
+        check_multiple("width", self.width, GROUPS)
         if self.size % (HALVINGS * self.shrink):
             raise CourseError(f"shrink is {self.shrink}, slices have {self.size} pixels a side.", "Give 1 or 2.")
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lib.cohort import Cohort
-from lib.errors import CourseError, check_least
+from lib.errors import check_multiple
 from lib.models.detector import SliceDetector
 from lib.training import Batch, Forward, History, Plan, choose_device, derived_seed, train
 
@@ -32,9 +32,7 @@ class Settings:
     patience: int = 8
 
     def __post_init__(self):
-        check_least("width", self.width, GROUPS)
-        if self.width % GROUPS:
-            raise CourseError(f"width is {self.width}.", f"Give a multiple of {GROUPS}.")
+        check_multiple("width", self.width, GROUPS)
 
 
 class UNet(nn.Module):
