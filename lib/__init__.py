@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall beside any other program
 
 ROOT = Path(__file__).resolve().parents[1]
+RESEARCH = "For research, not for diagnosis."
 
 
 def run_folder(run: str) -> Path:

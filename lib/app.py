@@ -21,7 +21,6 @@ from lib import uploads, volumes
 from lib.errors import CourseError
 from lib.exchange import FileDownload, FileUpload
 
-RESEARCH = "For research, not for diagnosis."
 NO_RUN = "There is no finished run yet. Make one: ./run_all.sh"
 WIDE = {"layout": ipywidgets.Layout(width="min(40em, 95%)"), "style": {"description_width": "6em"}}
 LONG = {**WIDE, "style": {"description_width": "initial"}}
@@ -80,7 +79,9 @@ class App(ipywidgets.VBox):
         self.said = ipywidgets.HTML()
         self.run.observe(self._run_chosen, "value")
         self.start.on_click(self._started)
-        note = _paragraph(f"<b>{RESEARCH}</b> Scans stay on this machine; what you send is removed after your visit.")
+        note = _paragraph(
+            f"<b>{lib.RESEARCH}</b> Scans stay on this machine; what you send is removed after your visit."
+        )
         self.children = [
             note, _heading("1. What looks"), self.run, self.method,
             _heading("2. A brain-extracted scan"), self.scans, self.start, self.said, self.result,
@@ -186,7 +187,7 @@ class Result(ipywidgets.VBox):
         self.children = [
             _heading("3. What was found"), self.figures, self.viewer,
             _heading("4. Take it along"), ipywidgets.HBox(self.downloads, layout=ROW),
-            _paragraph("Map and mask lie on the grid of the scan that you gave."), _paragraph(RESEARCH),
+            _paragraph("Map and mask lie on the grid of the scan that you gave."), _paragraph(lib.RESEARCH),
         ]  # fmt: skip
         self._count()
 

@@ -12,8 +12,6 @@ from pathlib import Path
 import lib
 from lib.errors import CourseError
 
-EPILOG = "For research, not for diagnosis."
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Do what the command line asks for; returns the exit status, and shows people no traceback.
@@ -44,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = _Parser(
         "python -m lib.detect", description="Marks in a scan what a detector of a run has not seen in healthy brains.",
-        epilog=EPILOG, allow_abbrev=False,
+        epilog=lib.RESEARCH, allow_abbrev=False,
     )  # fmt: skip
     add = parser.add_argument
     add("scans", metavar="SCAN", nargs="+", type=Path,

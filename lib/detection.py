@@ -18,7 +18,7 @@ import nibabel
 import numpy as np
 from scipy import ndimage, stats
 
-from lib import cohort, datasets, dicom, domain, judging, metrics, models, privacy, scoring, volumes
+from lib import RESEARCH, cohort, datasets, dicom, domain, judging, metrics, models, privacy, scoring, volumes
 from lib.baselines import SLICE_LABELS
 from lib.cohort import Cohort, PreparedSubject
 from lib.components import TOUCHING, bounding_box
@@ -30,7 +30,6 @@ from lib.pictures import NO_SIZE
 from lib.preprocessing import Recipe, resampled
 from lib.training import choose_device
 
-DISCLAIMER = "For research, not for diagnosis."
 PACKAGES = ("numpy", "scipy", "nibabel", "torch", "monai")
 FILES = ("anomaly.nii.gz", "mask.nii.gz", "summary.json", "report.html")
 TEMPLATES = Path(__file__).with_name("templates")
@@ -109,7 +108,7 @@ class Found:
             "voxel_mm": nibabel.affines.voxel_sizes(self.affine).round(4).tolist(), "shape": list(self.anomaly.shape),
             "warnings": list(self.warnings), "seconds": self.seconds, **self.marks,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "note": DISCLAIMER,
+            "note": RESEARCH,
         }  # fmt: skip
 
     @property

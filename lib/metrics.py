@@ -232,3 +232,12 @@ def _above(counts: np.ndarray) -> np.ndarray:
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     part, whole = np.broadcast_arrays(np.asarray(part, float), np.asarray(whole, float))
     return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
+
+
+def mean(name: str, values: np.ndarray) -> dict[str, float]:
+    """The mean of figures, one a subject, and its 95 % interval over resampled subjects, as `name`, `name_low` and
+    `name_high`; NaN for none."""
+    value, low, high = (float("nan"),) * 3
+    if len(values):
+        value, low, high = bootstrap(lambda w: w @ values / len(values), resampled(len(values), 0))
+    return {name: value, f"{name}_low": low, f"{name}_high": high}

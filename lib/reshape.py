@@ -298,7 +298,9 @@ def summary(measured: pd.DataFrame) -> pd.DataFrame:
     rows = {}
     for way, table in measured.groupby("way", sort=False):
         counts = {"n_healthy": table.mse.count(), "n_patients": table.ap.count()}
-        rows[way] = {k: v for name in FIGURES for k, v in _mean(name, table[name]).items()} | counts
+        rows[way] = {
+            k: v for name in FIGURES for k, v in metrics.mean(name, table[name].dropna().to_numpy()).items()
+        } | counts
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -309,7 +311,9 @@ def differences(measured: pd.DataFrame, figures: Sequence[str] = ("mse", "mae", 
     for other, way in combinations(measured.way.unique(), 2):
         pairs = measured.set_index(["subject", "material"])
         left = pairs[pairs.way == way][list(figures)] - pairs[pairs.way == other][list(figures)]
-        rows[f"{way} − {other}"] = {k: v for name in figures for k, v in _mean(name, left[name]).items()}
+        rows[f"{way} − {other}"] = {
+            k: v for name in figures for k, v in metrics.mean(name, left[name].dropna().to_numpy()).items()
+        }
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -370,11 +374,3 @@ def _found(scan: Acquired, learnt: Learnt, modalities: tuple[str, ...]) -> dict[
     maps = [box.back(residual(*pair, modalities, "signed")[0].numpy()) for pair in pairs]
     network, nothing = (single_scan.precision(scan, one) for one in maps)
     return {"ap": network, "ap_grey": nothing, "prevalence": float(scan.lesion.sum() / scan.brain.sum())}
-
-
-def _mean(name: str, values: pd.Series) -> dict[str, float]:
-    """The mean of the figures there are and its 95 % bootstrap interval."""
-    values, three = values.dropna().to_numpy(), (float("nan"),) * 3
-    if len(values):
-        three = metrics.bootstrap(lambda w: w @ values / len(values), metrics.resampled(len(values), 0))
-    return dict(zip((name, f"{name}_low", f"{name}_high"), three, strict=True))

@@ -15,6 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
+from lib import RESEARCH
 from lib.plots import MAP_COLOURS
 from lib.postprocessing import eroded
 
@@ -26,7 +27,6 @@ SIDE = 480  # pixels of a panel's longer side at most, where a voxel has one or 
 HEAD, BAR, LINE, GAP = 22, 8, 19, 12  # pixels: title, scale, line of the legend, between panels
 BAR_MM = 50
 PAPER, INK, FAINT = (255, 255, 255), (34, 34, 34), (190, 190, 190)
-RESEARCH = "For research, not for diagnosis."
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,8 @@ def median_filter(run: str, prepared: Cohort, methods: Sequence[str] = ("intensi
     for method, pairs in maps.items():
         plain = np.array([_precision(s, one) for s, one in pairs])
         smooth = np.array([_precision(s, _smoothed(s, one)) for s, one in pairs])
-        rows[method] = _mean("average_precision", plain)
-        rows[f"{method}, median"] = _mean("average_precision", smooth) | _mean("gain", smooth - plain)
+        rows[method] = metrics.mean("average_precision", plain)
+        rows[f"{method}, median"] = metrics.mean("average_precision", smooth) | metrics.mean("gain", smooth - plain)
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -187,20 +187,11 @@ def _judged(counts: list[tuple[np.ndarray, np.ndarray]], code: int) -> dict[str,
     hits, alarms, size = lesion[:, code:].sum(axis=1), other[:, code:].sum(axis=1), lesion.sum(axis=1)
     curve = metrics.dice_curve(lesion, other).sum(axis=0) / max(len(lesion), 1)
     return {
-        **_mean("prevalence", size / (size + other.sum(axis=1))),
-        **_mean("average_precision", metrics.average_precision(lesion, other)),
-        **_mean("dice", 2 * hits / (hits + alarms + size)),
+        **metrics.mean("prevalence", size / (size + other.sum(axis=1))),
+        **metrics.mean("average_precision", metrics.average_precision(lesion, other)),
+        **metrics.mean("dice", 2 * hits / (hits + alarms + size)),
         "dice_oracle": curve.max() if len(lesion) else float("nan"),
     }
-
-
-def _mean(name: str, values: np.ndarray) -> dict[str, float]:
-    """The mean over patients and its 95 % bootstrap interval."""
-    value, low, high = (float("nan"),) * 3
-    if len(values):
-        weights = metrics.resampled(len(values), 0)
-        value, low, high = metrics.bootstrap(lambda w: w @ values / len(values), weights)
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def _precision(subject: PreparedSubject, anomaly_map: np.ndarray) -> float:
