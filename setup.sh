@@ -13,6 +13,7 @@ refuse() {
 # What an interpreter lacks of the pins of a requirements file; nothing where it has all.
 lacking() {
     "$1" -I - "$here/requirements.txt" "$here/$2" <<'PYTHON' 2>/dev/null || echo "a working Python"
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -22,8 +23,14 @@ def has(name, pin):
     except PackageNotFoundError:
         return False
 
-lines = [line.strip() for path in sorted(set(sys.argv[1:])) for line in open(path)]
-pins = [line.split("==") for line in lines if "==" in line]
+def pins_of(path):
+    for line in map(str.strip, open(path)):
+        if line.startswith("-r "):
+            yield from pins_of(os.path.join(os.path.dirname(path), line[3:]))
+        elif "==" in line:
+            yield tuple(line.split("=="))
+
+pins = sorted({pin for path in sys.argv[1:] for pin in pins_of(path)})
 missing = ["Python 3.11"] if sys.version_info < (3, 11) else []
 missing += [name + " " + pin for name, pin in pins if not has(name, pin)]
 print(", ".join(missing[:3]) + (" and %d more" % len(missing[3:]) if missing[3:] else ""))

@@ -46,7 +46,8 @@ def test_a_file_imports_from_its_own_floor_or_lower_ones_only():
 
 
 def test_whatever_lib_imports_is_pinned():
-    pinned = {line.partition("==")[0].lower() for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    lines = "".join((ROOT / f"requirements{kind}.txt").read_text() for kind in ("", "-extra")).splitlines()
+    pinned = {line.partition("==")[0].lower() for line in lines}
     owners = packages_distributions()
     for path in [*(ROOT / "lib").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
