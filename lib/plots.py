@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib import evaluation, metrics
 from lib.cohort import PreparedSubject
+from lib.colours import FOUND, MAP_COLOURS, TRUTH
 from lib.components import bounding_box
 from lib.models.detector import SliceDetector
 
@@ -22,8 +23,6 @@ plt.rcParams.update({
     "axes.titlesize": 8, "legend.frameon": False, "image.origin": "lower", "image.interpolation": "nearest",
 })  # fmt: skip
 
-TRUTH, FOUND = "#00b3a4", "#ff9f1c"
-MAP_COLOURS = "inferno"
 BARS = ("#00b3a4", "#9aa5b1", "#ff9f1c")
 BAND_RESAMPLES = 300
 GALLERY_COLUMNS, GALLERY_STEPS = 10, 20  # pictures in a row; colours of a scale

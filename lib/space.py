@@ -14,8 +14,8 @@ from skimage.measure import marching_cubes
 
 from lib.boxes import Box, extent_mm
 from lib.cohort import PreparedSubject
+from lib.colours import FOUND, MAP_COLOURS, TRUTH
 from lib.components import bounding_box
-from lib.plots import FOUND, MAP_COLOURS, TRUTH
 from lib.preprocessing import canonical
 from lib.volumes import Volume
 
@@ -24,12 +24,6 @@ SURFACE_MM = 4.0  # edge of the voxels of a surface: finer ones cost time and sh
 VIEW_MM = 2.0  # edge of the viewer's voxels: finer ones make a page of many megabytes
 LINK = re.compile(r"<link\b[^>]*>")
 VIEW = {"width_view": 480, "cmap": MAP_COLOURS, "black_bg": True, "symmetric_cmap": False}
-
-
-def middle(mask: np.ndarray) -> tuple[int, int, int]:
-    """The voxel of a mask [slice, row, column] that lies deepest inside it."""
-    depth = ndimage.distance_transform_edt(mask)
-    return tuple(int(i) for i in np.unravel_index(depth.argmax(), mask.shape))
 
 
 def planes(subject: PreparedSubject, anomaly: np.ndarray, limit: float, place: tuple[int, int, int]) -> Figure:
