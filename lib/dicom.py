@@ -17,8 +17,8 @@ from pydicom.dataset import Dataset as Header
 from pydicom.errors import InvalidDicomError
 
 from lib import acquisition, privacy
-from lib.errors import CourseError
-from lib.volumes import AGAIN, Volume, check_voxels
+from lib.refusals import refusal
+from lib.volumes import Volume, check_voxels
 
 FACTS = {
     "Modality": "modality",
@@ -126,7 +126,7 @@ def find_series(folder: Path) -> list[Series]:
         header = _header(path)
         headers.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
     if not headers:
-        raise CourseError(f"{shown(folder)} holds no DICOM image.", "Give the folder of one series.")
+        raise refusal("D01", path=shown(folder))
     found = [_series(images) for images in headers.values()]
     return sorted(found, key=lambda series: -len(series.frames))
 
@@ -139,7 +139,7 @@ def read(folder: Path) -> Volume:
     found = find_series(folder)
     if len(found) > 1:
         each = ", ".join(f"{len(series.frames)} slices" for series in found)
-        raise CourseError(f"{shown(folder)} holds {len(found)} series: {each}.", "Put each into a folder of its own.")
+        raise refusal("D02", path=shown(folder), count=len(found), each=each)
     return volume(found[0])
 
 
@@ -202,11 +202,11 @@ def _header(path: Path) -> Header:
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True)
     except UNREADABLE:
-        raise CourseError(f"{shown(path)} is damaged, or no DICOM file.", AGAIN) from None
+        raise refusal("D03", path=shown(path)) from None
     if "Rows" not in header or "Columns" not in header:
-        raise CourseError(f"{shown(path)} holds no image.", "Take it out of the folder.")
+        raise refusal("D04", path=shown(path))
     if header.get("PhotometricInterpretation") not in MONOCHROME or header.get("SamplesPerPixel", 1) != 1:
-        raise CourseError(f"{shown(path)} is in colour.", "Give the original grey images, not a picture of them.")
+        raise refusal("D05", path=shown(path))
     return header
 
 
@@ -241,7 +241,7 @@ def _frames(path: Path, header: Header) -> list[Frame]:
     try:
         return list(_each_frame(path, header))
     except UNREADABLE:
-        raise CourseError(f"{shown(path)} does not say what its slices are: a value is damaged.", AGAIN) from None
+        raise refusal("D06", path=shown(path)) from None
 
 
 def _each_frame(path: Path, header: Header) -> Iterator[Frame]:
@@ -287,10 +287,7 @@ def _check_alike(frames: list[Frame]) -> None:
         }
         for what, holds in same.items():
             if not holds:
-                raise CourseError(
-                    f"{shown(frame.path)} differs in {what} from {shown(first.path)} of the same series.",
-                    "Put each kind into a folder of its own.",
-                )
+                raise refusal("D07", path=shown(frame.path), what=what, other=shown(first.path))
 
 
 def _check_gaps(frames: list[Frame]) -> list[str]:
@@ -300,14 +297,13 @@ def _check_gaps(frames: list[Frame]) -> list[str]:
         return []
     twice = int(gaps.argmin())
     if gaps[twice] < SAME_MM:
-        paths = f"{shown(frames[twice].path)} and {shown(frames[twice + 1].path)}"
-        raise CourseError(f"{paths} lie in one place.", "Keep one of them, or part the series.")
+        raise refusal("D08", path=shown(frames[twice].path), other=shown(frames[twice + 1].path))
     usual = np.sort(gaps)[(len(gaps) - 1) // 2]
     for before, gap in zip(frames, gaps, strict=False):
         missing = round(gap / usual) - 1
         if missing >= 1 and abs(gap / usual - missing - 1) < EVEN * (missing + 1):
-            what = f"Behind {shown(before.path)}, {missing} of the slices {'is' if missing == 1 else 'are'} missing"
-            raise CourseError(f"{what}: a gap of {gap:.1f} mm where others are {usual:.1f} mm.", AGAIN)
+            count = f"{missing} of the slices {'is' if missing == 1 else 'are'}"
+            raise refusal("D09", path=shown(before.path), missing=count, gap=gap, usual=usual)
     if _uneven(gaps):
         return [f"Gaps between slices vary from {gaps.min():.2f} to {gaps.max():.2f} mm; slices are interpolated."]
     return []
@@ -341,9 +337,7 @@ def _pixels(path: Path) -> np.ndarray:
         header = pydicom.dcmread(path)
         pixels = header.pixel_array.astype(np.float32)
     except UNREADABLE:
-        raise CourseError(
-            f"The pixels of {shown(path)} cannot be decoded.", f"{AGAIN} Or convert it to NIfTI."
-        ) from None
+        raise refusal("D10", path=shown(path)) from None
     pixels = pixels.reshape(-1, *pixels.shape[-2:])
     inverted = header.PhotometricInterpretation == "MONOCHROME1"
     return 2 ** int(header.BitsStored) - 1 - pixels if inverted else pixels

@@ -1,0 +1,68 @@
+"""Every refusal of scans and folders, by its code: what is wrong, and the cure. `docs/refusals.md` is this table."""
+
+from lib.errors import CourseError
+
+AGAIN = "Copy or download it again."
+REPAIR = "Repair the header, or convert the scan again."
+REFUSALS: dict[str, tuple[str, str]] = {
+    "S01": ("{path} is not a file.", "Give the path of a NIfTI file (.nii or .nii.gz)."),
+    "S02": ("{path} cannot be read: {reason}.", "Check the file's permissions and the disk."),
+    "S03": ("{path} is empty.", AGAIN),
+    "S04": ("{path} changed while it was read.", "Wait until nothing writes to it any more, then start again."),
+    "S05": (
+        "{path} is not a gzip file.",
+        "Name it .nii if it is not compressed, or copy it again.",
+    ),
+    "S06": ("{path} is a gzip file, and its name does not say so.", "Let its name end in .nii.gz."),
+    "S07": ("{path} is truncated: its gzip stream does not decompress.", AGAIN),
+    "S08": ("{path} is damaged: its gzip stream does not decompress.", AGAIN),
+    "S09": ("{path} is damaged: its checksum does not match.", AGAIN),
+    "S10": ("{path} is damaged: something else stands behind its gzip stream.", AGAIN),
+    "S11": ("{path} is not a NIfTI image.", "Convert the scan to NIfTI, or copy it again."),
+    "S12": (
+        "{path} is one half of a pair of files (.hdr and .img).",
+        "Convert both to one file, .nii or .nii.gz.",
+    ),
+    "S13": ("{path} has a damaged header: {field} is {value}.", f"{AGAIN} If that does not help, convert it again."),
+    "S14": ("{path} is no volume: its shape is {shape}.", "Give three-dimensional scans."),
+    "S15": ("{path} holds {count} volumes, not one.", "Split it into a file a modality."),
+    "S16": ("{path} holds colours or complex numbers, not intensities.", "Export the scan as grey values."),
+    "S17": ("{path} scales its voxels by {slope}.", "Repair the header's scl_slope and scl_inter."),
+    "S18": ("{path} is truncated: its header promises more voxels than the file holds.", AGAIN),
+    "S19": ("{path} holds more than its header promises.", AGAIN),
+    "S20": ("{path} needs {gigabytes:.1f} GB, more than there is memory.", "Use a machine with more memory."),
+    "S21": ("{path} has an affine that is not finite or not invertible.", REPAIR),
+    "S22": ("{path} has voxels of {edges} mm.", "Repair the header: edges of 0.1 to 10 mm are plausible."),
+    "S23": ("{path} gives its lengths in {unit}.", "Convert the scan with lengths in millimetres."),
+    "S24": (
+        "{path} has two affines, sform and qform, that differ in which side is left.",
+        "Find out which of them is right, and write it into both.",
+    ),
+    "S25": (
+        "{path} has {percent:.2g} % NaN or infinite voxels.",
+        "Export the scan again, or mend the step that wrote it.",
+    ),
+    "S26": ("{path} is constant: every voxel is {value:g}.", "Leave it out, or export the scan again."),
+    "S27": ("{path} has labels above {most}, which are not kept apart.", "Number its labels from 1."),
+    "D01": ("{path} holds no DICOM image.", "Give the folder of one series."),
+    "D02": ("{path} holds {count} series: {each}.", "Put each into a folder of its own."),
+    "D03": ("{path} is damaged, or no DICOM file.", AGAIN),
+    "D04": ("{path} holds no image.", "Take it out of the folder."),
+    "D05": ("{path} is in colour.", "Give the original grey images, not a picture of them."),
+    "D06": ("{path} does not say what its slices are: a value is damaged.", AGAIN),
+    "D07": ("{path} differs in {what} from {other} of the same series.", "Put each kind into a folder of its own."),
+    "D08": ("{path} and {other} lie in one place.", "Keep one of them, or part the series."),
+    "D09": ("Behind {path}, {missing} missing: a gap of {gap:.1f} mm where others are {usual:.1f} mm.", AGAIN),
+    "D10": ("The pixels of {path} cannot be decoded.", f"{AGAIN} Or convert it to NIfTI."),
+}
+
+
+def words(code: str, **fields) -> tuple[str, str]:
+    """What is wrong and the cure, as people read it."""
+    what, cure = REFUSALS[code]
+    return what.format(**fields), cure.format(**fields)
+
+
+def refusal(code: str, **fields) -> CourseError:
+    """The error to raise, by its code in REFUSALS."""
+    return CourseError(*words(code, **fields), code)
