@@ -54,6 +54,46 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "D08": ("{path} and {other} lie in one place.", "Keep one of them, or part the series."),
     "D09": ("Behind {path}, {missing} missing: a gap of {gap:.1f} mm where others are {usual:.1f} mm.", AGAIN),
     "D10": ("The pixels of {path} cannot be decoded.", f"{AGAIN} Or convert it to NIfTI."),
+    "F01": ("{path} cannot be opened: {reason}.", "Check the folder's permissions and the disk."),
+    "E01": (
+        "{path} has negative intensities, as after a z-score.",
+        "Give the scan from before, or shift its brain above 0.",
+    ),
+    "E02": ("{path} has fewer than {least} grey levels.", "Give a scan, not a mask or a label map."),
+    "E03": (
+        "{path} has a median of {middle:.0f}, and a brain in Hounsfield units has some 35.",
+        "Give a brain-extracted CT in Hounsfield units.",
+    ),
+    "E04": (
+        "{path} shows a skull: {percent:.0f} % of it is above {bone} Hounsfield units.",
+        "Give brain-extracted scans with one value outside the brain.",
+    ),
+    "E05": (
+        "{path} lies on another grid than {other}.",
+        "Resample it to that grid, or give the file that belongs to it.",
+    ),
+    "E06": (
+        "{subject}: {litres:.2f} litres are {above}, and a brain has {least} to {most}.",
+        "Give brain-extracted scans with {outside} outside the brain.",
+    ),
+    "E07": ("{subject} is a patient without a lesion mask.", "Add its mask, or leave it out."),
+    "E08": ("{path} holds no labels but {count} values.", "Give a mask of whole numbers, above 0 in the lesion."),
+    "E09": (
+        "{path} has labels below 0, down to {least:g}.",
+        "Give a mask of whole numbers, above 0 in the lesion and 0 elsewhere.",
+    ),
+    "E10": ("{path} covers the whole brain.", "Give the lesion's mask, not the brain's."),
+    "E11": ("{path} lies mostly outside the brain.", "Check that it belongs to this scan."),
+    "E12": ("{path} has a lesion in a subject declared healthy.", "Correct participants.tsv or the mask."),
+    "E13": ("{scan} has the same voxels as {other}.", "Keep one of the two."),
+    "E14": (
+        "{subject}: its brain of {longest:.0f} mm does not fit slices of {side:.0f} mm.",
+        "Raise size or pixel_mm.",
+    ),
+    "E15": (
+        "{subject} has changed since it was examined, or can no longer be read.",
+        "Wait until nothing writes to its files any more, then start again.",
+    ),
 }
 
 
