@@ -303,10 +303,7 @@ class _Memory:
         scans = [*(subject.scans[m] for m in subject.having(modalities)), subject.lesion_mask]
         beside = [acquisition.sidecar(subject.scans[m]) for m in subject.having(modalities)]
         files = [f for scan in scans if scan for f in (sorted(scan.iterdir()) if scan.is_dir() else [scan])] + beside
-        seen = [
-            (os.path.realpath(f), *((s.st_size, s.st_mtime_ns, s.st_ctime_ns) if (s := _stat(f)) else ()))
-            for f in files
-        ]
+        seen = [(os.path.realpath(f), *_state(f)) for f in files]
         return hashlib.sha256(json.dumps([EXAMINATION, seen, modalities, subject.healthy]).encode()).hexdigest()
 
     def keep(self) -> None:

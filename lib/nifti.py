@@ -100,14 +100,16 @@ def _unpacked(path: Path, packed: bytes, most: int, whole: bool = True) -> bytes
 def _header(path: Path, head: bytes) -> nibabel.Nifti1Header:
     """The header, examined field by field: nibabel mends silently what is wrong in it."""
     kinds = {header.sizeof_hdr: header for header in (nibabel.Nifti1Header, nibabel.Nifti2Header)}
-    kind = next((kinds[n] for order in ("little", "big") if (n := int.from_bytes(head[:4], order)) in kinds), None)
-    if not kind or len(head) < kind.sizeof_hdr:
+    lengths = {int.from_bytes(head[:4], order): order for order in ("little", "big")}
+    length = next((n for n in lengths if n in kinds), len(head) + 1)
+    if len(head) < length:
         raise refusal("S11", path=path)
-    header = kind(head[: kind.sizeof_hdr], check=False)
+    kind = kinds[length]
+    header = kind(head[:length], endianness=lengths[length], check=False)
     magic = header["magic"].item()
     if magic == kind.pair_magic:
         raise refusal("S12", path=path)
-    if magic != kind.single_magic or header["sizeof_hdr"] != kind.sizeof_hdr:
+    if magic != kind.single_magic:
         raise refusal("S11", path=path)
     _check_kind(path, header)
     _check_place(path, header)
@@ -124,14 +126,14 @@ def _check_kind(path: Path, header: nibabel.Nifti1Header) -> None:
     offset = float(header["vox_offset"])
     rank = int(header["dim"][0])
     wrong = {
-        "dim": not 1 <= rank <= 7 or min(shape) < 1,
+        "dim": not 1 <= rank <= 7,
         "bitpix": header["bitpix"] != 8 * kind.itemsize,
         "vox_offset": not header.single_vox_offset <= offset < 2**31 or offset % 1,
         "pixdim": not ((header["pixdim"][1:4] > 0) & np.isfinite(header["pixdim"][1:4])).all(),
         "qform_code": not 0 <= header["qform_code"] <= MOST_CODE,
         "sform_code": not 0 <= header["sform_code"] <= MOST_CODE,
     }
-    if len(shape) < 3 or min(shape[:3]) < 2:
+    if 1 <= rank <= 7 and (len(shape) < 3 or min(shape[:3]) < 2):
         raise refusal("S14", path=path, shape=shape)
     for field, damaged in wrong.items():
         if damaged:
