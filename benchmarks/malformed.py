@@ -130,17 +130,17 @@ def _big_endian() -> bytes:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Without permission to read; the superuser, who may read everything, becomes nobody."""
+def locked(path: Path) -> Iterator[None]:
+    """Without permission to read it; the superuser, who may read everything, becomes nobody."""
+    mode, user = path.stat().st_mode, os.geteuid()
     path.chmod(0)
-    user = os.geteuid()
     try:
         if not user:
             os.seteuid(NOBODY)
         yield
     finally:
         os.seteuid(user)
-        path.chmod(0o600)
+        path.chmod(mode)
 
 
 def _changing(change: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -224,7 +224,7 @@ CASES: dict[str, Case] = {
     "a dangling link": Case("S01", placed=lambda path: path.symlink_to("nowhere")),
     "a link to itself": Case("S01", placed=lambda path: path.symlink_to(path.name)),
     "a pipe": Case("S01", placed=lambda path: os.mkfifo(path)),
-    "unreadable": Case("S02", around=_locked),
+    "unreadable": Case("S02", around=locked),
     "a name too long": Case("S02", placed=lambda path: None, name="x" * 300 + ".nii"),
     "empty": Case("S03", bytes),
     "empty, named gzip": _packed("S03", bytes),

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset as Header
 from pydicom.errors import InvalidDicomError
 
 from lib import acquisition, privacy
+from lib.nifti import VOXEL_MM
 from lib.refusals import refusal
 from lib.volumes import Volume, check_voxels
 
@@ -30,6 +32,8 @@ FACTS = {
     "SliceThickness": "thickness_mm",
 }
 SAME_MM = 0.01  # positions closer than this are one
+MOST_FRAMES = 20_000
+LEAST_ANGLE = 0.1  # of the volume of a voxel to that of a cuboid with its edges; a tilted gantry's is above 0.8
 EVEN = 0.02  # share of a gap by which gaps may differ from the usual one
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 LONG_ECHO_MS, LONG_REPETITION_MS, FLUID_NULLED_MS = 60, 1500, 1500
@@ -220,8 +224,18 @@ def _series(images: list[tuple[Path, Header]]) -> Series:
         notes = _check_gaps(frames)
     else:
         notes = ["The headers do not say where the slices lie; their order in the file is taken."]
-    step = _step(frames, first, oriented)
-    return Series(tuple(frames), _facts(first), tuple(notes), _affine(frames, step, oriented), oriented)
+    affine = _affine(frames, _step(frames, first, oriented), oriented)
+    _check_affine(frames[0].path, affine)
+    return Series(tuple(frames), _facts(first), tuple(notes), affine, oriented)
+
+
+def _check_affine(path: Path, affine: np.ndarray) -> None:
+    """Voxels of a plausible size, along axes that are three."""
+    sizes = nibabel.affines.voxel_sizes(affine)
+    if not (np.isfinite(affine).all() and sizes.min() >= VOXEL_MM[0] and sizes.max() <= VOXEL_MM[1]):
+        raise refusal("D11", path=shown(path.parent), edges=" × ".join(f"{s:.3g}" for s in sizes))
+    if abs(np.linalg.det(affine[:3, :3])) < LEAST_ANGLE * sizes.prod():
+        raise refusal("D12", path=shown(path.parent))
 
 
 @_quietly()
@@ -245,14 +259,16 @@ def _frames(path: Path, header: Header) -> list[Frame]:
 
 
 def _each_frame(path: Path, header: Header) -> Iterator[Frame]:
-    for number in range(int(header.get("NumberOfFrames") or 1)):
+    count, shape = int(header.get("NumberOfFrames") or 1), (int(header.Rows), int(header.Columns))
+    if not 1 <= count <= MOST_FRAMES or min(shape) < 1:
+        raise ValueError(f"{count} frames of {shape}")
+    for number in range(count):
         groups = _groups(header, number)
-        slope, intercept = _look_up(groups, "RescaleSlope"), _look_up(groups, "RescaleIntercept")
         yield Frame(
-            path, number, (int(header.Rows), int(header.Columns)),
-            _numbers(_look_up(groups, "PixelSpacing")) or (1.0, 1.0),
-            _numbers(_look_up(groups, "ImagePositionPatient")), _numbers(_look_up(groups, "ImageOrientationPatient")),
-            1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept),
+            path, number, shape,
+            _numbers(groups, "PixelSpacing", 2) or (1.0, 1.0),
+            _numbers(groups, "ImagePositionPatient", 3), _numbers(groups, "ImageOrientationPatient", 6),
+            *(_numbers(groups, "RescaleSlope", 1) or (1.0,)), *(_numbers(groups, "RescaleIntercept", 1) or (0.0,)),
         )  # fmt: skip
 
 
@@ -271,8 +287,15 @@ def _look_up(places: list[Header] | Header, keyword: str):
     return next((value for value in values if value not in (None, "")), None)
 
 
-def _numbers(value) -> tuple[float, ...] | None:
-    return None if value is None else tuple(map(float, value))
+def _numbers(places: list[Header], keyword: str, count: int) -> tuple[float, ...] | None:
+    """So many finite numbers, or None where there is no value; anything else is a ValueError."""
+    value = _look_up(places, keyword)
+    if value is None:
+        return None
+    numbers = tuple(float(number) for number in np.atleast_1d(value))
+    if len(numbers) != count or not np.isfinite(numbers).all():
+        raise ValueError(f"{keyword} has {len(numbers)} values")
+    return numbers
 
 
 def _check_alike(frames: list[Frame]) -> None:

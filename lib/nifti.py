@@ -123,20 +123,19 @@ def _check_kind(path: Path, header: nibabel.Nifti1Header) -> None:
         shape = header.get_data_shape()
     except (HeaderDataError, ValueError, KeyError, OverflowError) as error:
         raise refusal("S13", path=path, field="datatype", value=header["datatype"]) from error
-    offset = float(header["vox_offset"])
-    rank = int(header["dim"][0])
-    wrong = {
-        "dim": not 1 <= rank <= 7,
-        "bitpix": header["bitpix"] != 8 * kind.itemsize,
-        "vox_offset": not header.single_vox_offset <= offset < 2**31 or offset % 1,
-        "pixdim": not ((header["pixdim"][1:4] > 0) & np.isfinite(header["pixdim"][1:4])).all(),
-        "qform_code": not 0 <= header["qform_code"] <= MOST_CODE,
-        "sform_code": not 0 <= header["sform_code"] <= MOST_CODE,
-    }
+    rank, offset = int(header["dim"][0]), float(header["vox_offset"])
     if 1 <= rank <= 7 and (len(shape) < 3 or min(shape[:3]) < 2):
         raise refusal("S14", path=path, shape=shape)
-    for field, damaged in wrong.items():
-        if damaged:
+    right = {
+        "dim": 1 <= rank <= 7 and min(shape) > 0,
+        "bitpix": header["bitpix"] == 8 * kind.itemsize,
+        "vox_offset": header.single_vox_offset <= offset < 2**31 and offset % 1 == 0,
+        "pixdim": all(0 < edge < np.inf for edge in header["pixdim"][1:4]),
+        "qform_code": 0 <= header["qform_code"] <= MOST_CODE,
+        "sform_code": 0 <= header["sform_code"] <= MOST_CODE,
+    }
+    for field, holds in right.items():
+        if not holds:
             raise refusal("S13", path=path, field=field, value=header[field])
     if (count := math.prod(shape[3:])) != 1:
         raise refusal("S15", path=path, count=count)

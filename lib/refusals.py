@@ -1,9 +1,17 @@
 """Every refusal of scans and folders, by its code: what is wrong, and the cure. `docs/refusals.md` is this table."""
 
+import re
+
 from lib.errors import CourseError
 
 AGAIN = "Copy or download it again."
 REPAIR = "Repair the header, or convert the scan again."
+TITLE = """# What is refused, and what to do
+
+Scans are examined before any work starts; whatever is wrong with one is a sentence that names it and a sentence of the
+cure. With `--skip-broken` the subject is left out, and the report says so. S: files of scans; D: DICOM series; F:
+folders; E: what the examination finds in scans that can be read. This page is written by `python -m lib.refusals`.
+"""
 REFUSALS: dict[str, tuple[str, str]] = {
     "S01": ("{path} is not a file.", "Give the path of a NIfTI file (.nii or .nii.gz)."),
     "S02": ("{path} cannot be read: {reason}.", "Check the file's permissions and the disk."),
@@ -54,6 +62,11 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "D08": ("{path} and {other} lie in one place.", "Keep one of them, or part the series."),
     "D09": ("Behind {path}, {missing} missing: a gap of {gap:.1f} mm where others are {usual:.1f} mm.", AGAIN),
     "D10": ("The pixels of {path} cannot be decoded.", f"{AGAIN} Or convert it to NIfTI."),
+    "D11": (
+        "{path} has voxels of {edges} mm.",
+        "Give the original images: edges of 0.1 to 10 mm are plausible.",
+    ),
+    "D12": ("{path} says of two axes of its slices that they are one.", AGAIN),
     "F01": ("{path} cannot be opened: {reason}.", "Check the folder's permissions and the disk."),
     "E01": (
         "{path} has negative intensities, as after a z-score.",
@@ -106,3 +119,18 @@ def words(code: str, **fields) -> tuple[str, str]:
 def refusal(code: str, **fields) -> CourseError:
     """The error to raise, by its code in REFUSALS."""
     return CourseError(*words(code, **fields), code)
+
+
+def page() -> str:
+    """The table for people, in Markdown."""
+    rows = [f"| {code} | {_plain(what)} | {_plain(cure)} |" for code, (what, cure) in REFUSALS.items()]
+    return "\n".join([TITLE, "| | What is wrong | Cure |", "|---|---|---|", *rows, ""])
+
+
+def _plain(text: str) -> str:
+    """Fields by their names alone, without how numbers are written."""
+    return re.sub(r"\{(\w+)[^}]*\}", r"*\1*", text)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
