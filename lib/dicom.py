@@ -18,7 +18,7 @@ from pydicom.dataset import Dataset as Header
 from pydicom.errors import InvalidDicomError
 
 from lib import acquisition, privacy
-from lib.nifti import VOXEL_MM
+from lib.nifti import LEAST_UPRIGHT, VOXEL_MM, upright
 from lib.refusals import refusal
 from lib.volumes import Volume, check_voxels
 
@@ -33,7 +33,6 @@ FACTS = {
 }
 SAME_MM = 0.01  # positions closer than this are one
 MOST_FRAMES = 20_000
-LEAST_ANGLE = 0.1  # of the volume of a voxel to that of a cuboid with its edges; a tilted gantry's is above 0.8
 EVEN = 0.02  # share of a gap by which gaps may differ from the usual one
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 LONG_ECHO_MS, LONG_REPETITION_MS, FLUID_NULLED_MS = 60, 1500, 1500
@@ -234,7 +233,7 @@ def _check_affine(path: Path, affine: np.ndarray) -> None:
     sizes = nibabel.affines.voxel_sizes(affine)
     if not (np.isfinite(affine).all() and sizes.min() >= VOXEL_MM[0] and sizes.max() <= VOXEL_MM[1]):
         raise refusal("D11", path=shown(path.parent), edges=" × ".join(f"{s:.3g}" for s in sizes))
-    if abs(np.linalg.det(affine[:3, :3])) < LEAST_ANGLE * sizes.prod():
+    if upright(affine) < LEAST_UPRIGHT:
         raise refusal("D12", path=shown(path.parent))
 
 

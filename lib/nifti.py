@@ -15,6 +15,7 @@ from nibabel.spatialimages import HeaderDataError
 from lib.refusals import refusal
 
 VOXEL_MM = (0.1, 10.0)
+LEAST_UPRIGHT = 0.1  # a gantry tilted by 30 degrees gives 0.87
 MOST_CODE = 5  # of the meanings of an affine that NIfTI knows
 UNITS = {1: "metres", 3: "micrometres"}
 GZIP, GZIP_FORMAT = b"\x1f\x8b", 31
@@ -154,15 +155,20 @@ def _check_place(path: Path, header: nibabel.Nifti1Header) -> None:
         affine = header.get_best_affine()
     except (HeaderDataError, ValueError) as error:
         raise refusal("S21", path=path) from error
-    with np.errstate(all="ignore"):
-        if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) >= 1e-9:
-            raise refusal("S21", path=path)
     sizes = nibabel.affines.voxel_sizes(affine)
+    if not np.isfinite(affine).all() or not sizes.all() or upright(affine) < LEAST_UPRIGHT:
+        raise refusal("S21", path=path)
     if sizes.min() < VOXEL_MM[0] or sizes.max() > VOXEL_MM[1]:
         raise refusal("S22", path=path, edges=" × ".join(f"{s:.3g}" for s in sizes))
     other = qform(header)
     if other is not None and np.linalg.det(affine[:3, :3]) * np.linalg.det(other[:3, :3]) < 0:
         raise refusal("S24", path=path)
+
+
+def upright(affine: np.ndarray) -> float:
+    """The volume of a voxel by that of a cuboid with its edges: 1 for right angles, 0 where two axes are one."""
+    turned = affine[:3, :3] / nibabel.affines.voxel_sizes(affine)
+    return float(abs(np.linalg.det(turned)))
 
 
 def qform(header: nibabel.Nifti1Header) -> np.ndarray | None:

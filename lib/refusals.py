@@ -39,7 +39,7 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "S18": ("{path} is truncated: its header promises more voxels than the file holds.", AGAIN),
     "S19": ("{path} holds more than its header promises.", AGAIN),
     "S20": ("{path} needs {gigabytes:.1f} GB, more than there is memory.", "Use a machine with more memory."),
-    "S21": ("{path} has an affine that is not finite or not invertible.", REPAIR),
+    "S21": ("{path} has an affine that is not finite, or two of whose axes are one.", REPAIR),
     "S22": ("{path} has voxels of {edges} mm.", "Repair the header: edges of 0.1 to 10 mm are plausible."),
     "S23": ("{path} gives its lengths in {unit}.", "Convert the scan with lengths in millimetres."),
     "S24": (
