@@ -20,9 +20,10 @@ from scipy import ndimage
 from lib import ROOT, dicom, privacy, run_folder, volumes
 from lib.datasets import Subject, hidden_names, read_scan
 from lib.errors import CourseError, check_choice
-from lib.intake import BRAIN_LITRES, LESION_FREE, Gathered, examine_scan, is_healthy
+from lib.intake import BRAIN_LITRES, LESION_FREE, Gathered, content, examine_scan, is_healthy
 from lib.preprocessing import OwnGrid, Prepared, Recipe, between_empty, canonical, extracted, prepare
 from lib.progress import bar
+from lib.refusals import refusal
 from lib.volumes import Volume
 
 FORMAT = 5  # of a subject's folder and all that is kept in it: raise it when one of them comes out differently
@@ -42,7 +43,7 @@ def prepare_cohort(gathered: Gathered, recipe: Recipe) -> Path:
     waiting = [s for s in gathered.subjects if not (folder / s.id / "facts.json").exists()]
     if waiting or not (folder / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        jobs = (delayed(_prepare_subject)(s, recipe, folder) for s in waiting)
+        jobs = (delayed(_prepare_subject)(s, recipe, folder, gathered.facts[s.id]["identity"]) for s in waiting)
         for _ in bar(
             _parallel(jobs, len(waiting)), "preparing", total=len(waiting), unit="subject", disable=not waiting
         ):
@@ -289,9 +290,15 @@ def _parallel(jobs, count: int) -> Iterator:
     return Parallel(n_jobs=min(os.cpu_count() or 1, max(1, count // 4)), return_as="generator_unordered")(jobs)
 
 
-def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path) -> None:
-    scans = {m: read_scan(subject.scans[m]) for m in subject.having(recipe.modalities)}
-    lesion = read_scan(subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
+def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path, identity: str) -> None:
+    """`identity`: that of its voxels when they were examined; what has changed since is refused."""
+    try:
+        scans = {m: read_scan(subject.scans[m]) for m in subject.having(recipe.modalities)}
+        lesion = read_scan(subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
+    except CourseError as error:
+        raise refusal("E15", subject=subject.id) from error
+    if content([*scans.values(), lesion]) != identity:
+        raise refusal("E15", subject=subject.id)
     _write_subject(prepare(scans, lesion, recipe), folder / subject.id)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from lib import acquisition as acquired
 from lib import dicom, pictures, privacy, volumes
 from lib.errors import CourseError
+from lib.refusals import refusal
 from lib.volumes import SUFFIXES, Volume
 
 SPLITS = ("train", "validation", "test")
@@ -348,12 +349,17 @@ def _grouped(
 def _files(folder: Path) -> list[Path]:
     """All files below a folder, behind links to folders too; no folder twice, so that links in a ring end."""
     seen, files = set(), []
-    for place, below, names in os.walk(folder, followlinks=True):
+    for place, below, names in os.walk(folder, onerror=_locked, followlinks=True):
         real = os.path.realpath(place)
         below[:] = [] if real in seen else sorted(below)
         files += [] if real in seen else [Path(place, name) for name in names + _odd_folders(place, below)]
         seen.add(real)
     return sorted(files)
+
+
+def _locked(error: OSError) -> None:
+    """A folder that cannot be listed is refused: the scans in it would be lost in silence."""
+    raise refusal("F01", path=privacy.shown(Path(error.filename), ()), reason=error.strerror) from error
 
 
 def _odd_folders(place: str, below: list[str]) -> list[str]:

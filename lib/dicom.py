@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset as Header
 from pydicom.errors import InvalidDicomError
 
 from lib import acquisition, privacy
-from lib.errors import CourseError
-from lib.volumes import AGAIN, Volume, check_voxels
+from lib.nifti import LEAST_UPRIGHT, VOXEL_MM, upright
+from lib.refusals import refusal
+from lib.volumes import Volume, check_voxels
 
 FACTS = {
     "Modality": "modality",
@@ -30,6 +32,7 @@ FACTS = {
     "SliceThickness": "thickness_mm",
 }
 SAME_MM = 0.01  # positions closer than this are one
+MOST_FRAMES = 20_000
 EVEN = 0.02  # share of a gap by which gaps may differ from the usual one
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 LONG_ECHO_MS, LONG_REPETITION_MS, FLUID_NULLED_MS = 60, 1500, 1500
@@ -126,7 +129,7 @@ def find_series(folder: Path) -> list[Series]:
         header = _header(path)
         headers.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
     if not headers:
-        raise CourseError(f"{shown(folder)} holds no DICOM image.", "Give the folder of one series.")
+        raise refusal("D01", path=shown(folder))
     found = [_series(images) for images in headers.values()]
     return sorted(found, key=lambda series: -len(series.frames))
 
@@ -139,7 +142,7 @@ def read(folder: Path) -> Volume:
     found = find_series(folder)
     if len(found) > 1:
         each = ", ".join(f"{len(series.frames)} slices" for series in found)
-        raise CourseError(f"{shown(folder)} holds {len(found)} series: {each}.", "Put each into a folder of its own.")
+        raise refusal("D02", path=shown(folder), count=len(found), each=each)
     return volume(found[0])
 
 
@@ -202,11 +205,11 @@ def _header(path: Path) -> Header:
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True)
     except UNREADABLE:
-        raise CourseError(f"{shown(path)} is damaged, or no DICOM file.", AGAIN) from None
+        raise refusal("D03", path=shown(path)) from None
     if "Rows" not in header or "Columns" not in header:
-        raise CourseError(f"{shown(path)} holds no image.", "Take it out of the folder.")
+        raise refusal("D04", path=shown(path))
     if header.get("PhotometricInterpretation") not in MONOCHROME or header.get("SamplesPerPixel", 1) != 1:
-        raise CourseError(f"{shown(path)} is in colour.", "Give the original grey images, not a picture of them.")
+        raise refusal("D05", path=shown(path))
     return header
 
 
@@ -220,8 +223,18 @@ def _series(images: list[tuple[Path, Header]]) -> Series:
         notes = _check_gaps(frames)
     else:
         notes = ["The headers do not say where the slices lie; their order in the file is taken."]
-    step = _step(frames, first, oriented)
-    return Series(tuple(frames), _facts(first), tuple(notes), _affine(frames, step, oriented), oriented)
+    affine = _affine(frames, _step(frames, first, oriented), oriented)
+    _check_affine(frames[0].path, affine)
+    return Series(tuple(frames), _facts(first), tuple(notes), affine, oriented)
+
+
+def _check_affine(path: Path, affine: np.ndarray) -> None:
+    """Voxels of a plausible size, along axes that are three."""
+    sizes = nibabel.affines.voxel_sizes(affine)
+    if not (np.isfinite(affine).all() and sizes.min() >= VOXEL_MM[0] and sizes.max() <= VOXEL_MM[1]):
+        raise refusal("D11", path=shown(path.parent), edges=" × ".join(f"{s:.3g}" for s in sizes))
+    if upright(affine) < LEAST_UPRIGHT:
+        raise refusal("D12", path=shown(path.parent))
 
 
 @_quietly()
@@ -241,18 +254,20 @@ def _frames(path: Path, header: Header) -> list[Frame]:
     try:
         return list(_each_frame(path, header))
     except UNREADABLE:
-        raise CourseError(f"{shown(path)} does not say what its slices are: a value is damaged.", AGAIN) from None
+        raise refusal("D06", path=shown(path)) from None
 
 
 def _each_frame(path: Path, header: Header) -> Iterator[Frame]:
-    for number in range(int(header.get("NumberOfFrames") or 1)):
+    count, shape = int(header.get("NumberOfFrames") or 1), (int(header.Rows), int(header.Columns))
+    if not 1 <= count <= MOST_FRAMES or min(shape) < 1:
+        raise ValueError(f"{count} frames of {shape}")
+    for number in range(count):
         groups = _groups(header, number)
-        slope, intercept = _look_up(groups, "RescaleSlope"), _look_up(groups, "RescaleIntercept")
         yield Frame(
-            path, number, (int(header.Rows), int(header.Columns)),
-            _numbers(_look_up(groups, "PixelSpacing")) or (1.0, 1.0),
-            _numbers(_look_up(groups, "ImagePositionPatient")), _numbers(_look_up(groups, "ImageOrientationPatient")),
-            1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept),
+            path, number, shape,
+            _numbers(groups, "PixelSpacing", 2) or (1.0, 1.0),
+            _numbers(groups, "ImagePositionPatient", 3), _numbers(groups, "ImageOrientationPatient", 6),
+            *(_numbers(groups, "RescaleSlope", 1) or (1.0,)), *(_numbers(groups, "RescaleIntercept", 1) or (0.0,)),
         )  # fmt: skip
 
 
@@ -271,8 +286,15 @@ def _look_up(places: list[Header] | Header, keyword: str):
     return next((value for value in values if value not in (None, "")), None)
 
 
-def _numbers(value) -> tuple[float, ...] | None:
-    return None if value is None else tuple(map(float, value))
+def _numbers(places: list[Header], keyword: str, count: int) -> tuple[float, ...] | None:
+    """So many finite numbers, or None where there is no value; anything else is a ValueError."""
+    value = _look_up(places, keyword)
+    if value is None:
+        return None
+    numbers = tuple(float(number) for number in np.atleast_1d(value))
+    if len(numbers) != count or not np.isfinite(numbers).all():
+        raise ValueError(f"{keyword} has {len(numbers)} values")
+    return numbers
 
 
 def _check_alike(frames: list[Frame]) -> None:
@@ -287,10 +309,7 @@ def _check_alike(frames: list[Frame]) -> None:
         }
         for what, holds in same.items():
             if not holds:
-                raise CourseError(
-                    f"{shown(frame.path)} differs in {what} from {shown(first.path)} of the same series.",
-                    "Put each kind into a folder of its own.",
-                )
+                raise refusal("D07", path=shown(frame.path), what=what, other=shown(first.path))
 
 
 def _check_gaps(frames: list[Frame]) -> list[str]:
@@ -300,14 +319,13 @@ def _check_gaps(frames: list[Frame]) -> list[str]:
         return []
     twice = int(gaps.argmin())
     if gaps[twice] < SAME_MM:
-        paths = f"{shown(frames[twice].path)} and {shown(frames[twice + 1].path)}"
-        raise CourseError(f"{paths} lie in one place.", "Keep one of them, or part the series.")
+        raise refusal("D08", path=shown(frames[twice].path), other=shown(frames[twice + 1].path))
     usual = np.sort(gaps)[(len(gaps) - 1) // 2]
     for before, gap in zip(frames, gaps, strict=False):
         missing = round(gap / usual) - 1
         if missing >= 1 and abs(gap / usual - missing - 1) < EVEN * (missing + 1):
-            what = f"Behind {shown(before.path)}, {missing} of the slices {'is' if missing == 1 else 'are'} missing"
-            raise CourseError(f"{what}: a gap of {gap:.1f} mm where others are {usual:.1f} mm.", AGAIN)
+            count = f"{missing} of the slices {'is' if missing == 1 else 'are'}"
+            raise refusal("D09", path=shown(before.path), missing=count, gap=gap, usual=usual)
     if _uneven(gaps):
         return [f"Gaps between slices vary from {gaps.min():.2f} to {gaps.max():.2f} mm; slices are interpolated."]
     return []
@@ -341,9 +359,7 @@ def _pixels(path: Path) -> np.ndarray:
         header = pydicom.dcmread(path)
         pixels = header.pixel_array.astype(np.float32)
     except UNREADABLE:
-        raise CourseError(
-            f"The pixels of {shown(path)} cannot be decoded.", f"{AGAIN} Or convert it to NIfTI."
-        ) from None
+        raise refusal("D10", path=shown(path)) from None
     pixels = pixels.reshape(-1, *pixels.shape[-2:])
     inverted = header.PhotometricInterpretation == "MONOCHROME1"
     return 2 ** int(header.BitsStored) - 1 - pixels if inverted else pixels

@@ -4,16 +4,17 @@ from collections.abc import Iterable
 
 
 class CourseError(Exception):
-    """What is wrong (naming the file) and its cure, shown without a traceback."""
+    """What is wrong (naming the file) and its cure, shown without a traceback; `code`: its row in `refusals`."""
 
-    def __init__(self, what: str, cure: str):
+    def __init__(self, what: str, cure: str, code: str = ""):
         super().__init__(f"{what}\n{cure}")
         self.what = what
         self.cure = cure
+        self.code = code
 
     def __reduce__(self):
         """So that it reaches people from a worker process as well."""
-        return type(self), (self.what, self.cure)
+        return type(self), (self.what, self.cure, self.code)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

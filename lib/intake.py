@@ -16,13 +16,14 @@ from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES, Subject
 from lib.errors import CourseError, check_least
 from lib.preprocessing import CT_WINDOW, brain_mask, canonical, signal
 from lib.progress import bar
+from lib.refusals import words
 from lib.volumes import Volume
 
 HEALTHY, LESION_FREE = "healthy subjects", "lesion-free slices of patients"
 EMBEDDED = "embedded cohort (simulated; its figures are not to be compared with the literature)"
 BRAIN_LITRES = (0.3, 3.0)
 LEAST_LEVELS = 16
-EXAMINATION = 4  # raised whenever records change their meaning, so that older ones are forgotten
+EXAMINATION = 5  # raised whenever records change their meaning, so that older ones are forgotten
 MOST_NEGATIVE = 0.001  # share of voxels; interpolation leaves a few
 BONE_HU, MOST_BONE = 300, 0.02  # share of voxels; calcifications and blood are less
 
@@ -152,8 +153,10 @@ def _look(record: dict, subject: Subject, scans: Mapping[str, Volume | None], le
             record["problems"] += _intensity_problems(subject.scans[modality], modality, volume)
             record["unoriented"] += [] if volume.oriented else [subject.hiding(subject.scans[modality].name)]
             _look_at_acquisition(record, modality, subject.scans[modality], volume)
+    if lesion and lesion.notes:
+        record["notes"]["mask"] = list(lesion.notes)
     if not record["problems"]:
-        record["identity"] = _content([*scans.values(), lesion])
+        record["identity"] = content([*scans.values(), lesion])
         _look_at_brain(record, subject, scans, lesion, litres)
     record["problems"] = [(_told(subject, what), cure) for what, cure in record["problems"]]
 
@@ -175,7 +178,8 @@ def _look_at_acquisition(record: dict, modality: str, path: Path, volume: Volume
         record["series"][modality] = [slices, round(float(slices * volume.voxel_mm[2]), 1)]
 
 
-def _content(found: list[Volume | None]) -> str:
+def content(found: list[Volume | None]) -> str:
+    """Identity of a subject's scans and lesion mask, voxels and grids."""
     parts = [volumes.checksum(a) for v in found if v for a in (v.voxels, v.affine)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
 
@@ -198,12 +202,9 @@ def _intensity_problems(path, modality: str, volume: Volume):
     if modality == "CT":
         yield from _hounsfield_problems(path, volume)
     elif (volume.voxels < 0).mean() > MOST_NEGATIVE:
-        yield (
-            f"{path} has negative intensities, as after a z-score.",
-            "Give the scan from before, or shift its brain above 0.",
-        )
+        yield words("E01", path=path)
     if len(np.unique(volume.voxels[::2, ::2, ::2])) < LEAST_LEVELS:
-        yield f"{path} has fewer than {LEAST_LEVELS} grey levels.", "Give a scan, not a mask or a label map."
+        yield words("E02", path=path, least=LEAST_LEVELS)
 
 
 def _hounsfield_problems(path, volume: Volume):
@@ -211,11 +212,9 @@ def _hounsfield_problems(path, volume: Volume):
     bone = float((found > BONE_HU).mean()) if len(found) else 0.0
     middle = float(np.median(found)) if len(found) else 0.0
     if not CT_WINDOW[0] <= middle <= CT_WINDOW[1]:
-        what = f"{path} has a median of {middle:.0f}, and a brain in Hounsfield units has some 35."
-        yield what, "Give a brain-extracted CT in Hounsfield units."
+        yield words("E03", path=path, middle=middle)
     elif bone > MOST_BONE:
-        what = f"{path} shows a skull: {100 * bone:.0f} % of it is above {BONE_HU} Hounsfield units."
-        yield what, "Give brain-extracted scans with one value outside the brain."
+        yield words("E04", path=path, percent=100 * bone, bone=BONE_HU)
 
 
 def _look_at_brain(
@@ -226,8 +225,8 @@ def _look_at_brain(
     paths = [*[subject.scans[m] for m in scans][1:], subject.lesion_mask]
     for volume, path in zip([*others, lesion], paths, strict=True):
         if volume and not volumes.same_grid(first.voxels.shape, first.affine, volume.voxels.shape, volume.affine):
-            what = f"{path} lies on another grid than {next(iter(subject.scans[m] for m in scans)).name}."
-            record["problems"].append((what, "Resample it to that grid, or give the file that belongs to it."))
+            other = next(iter(subject.scans[m] for m in scans)).name
+            record["problems"].append(words("E05", path=path, other=other))
     if record["problems"]:
         return
     brain = brain_mask([signal(m, v.voxels) for m, v in scans.items()])
@@ -236,16 +235,14 @@ def _look_at_brain(
     least, most = allowed
     if not least <= litres <= most:
         above, outside = ("not background", "one value") if "CT" in scans else ("above 0", "0")
-        what = f"{subject.id}: {litres:.2f} litres are {above}, and a brain has {least} to {most}."
-        record["problems"].append((what, f"Give brain-extracted scans with {outside} outside the brain."))
+        fields = {"litres": litres, "above": above, "outside": outside, "least": least, "most": most}
+        record["problems"].append(words("E06", subject=subject.id, **fields))
         return
     record["extent_mm"] = extent_mm(brain, first.voxel_mm).round(1).tolist()
     if lesion:
         _look_at_lesion(record, subject, lesion, brain)
     elif subject.healthy is False:
-        record["problems"].append(
-            (f"{subject.id} is a patient without a lesion mask.", "Add its mask, or leave it out.")
-        )
+        record["problems"].append(words("E07", subject=subject.id))
 
 
 def _look_at_lesion(record: dict, subject: Subject, lesion: Volume, brain: np.ndarray) -> None:
@@ -255,18 +252,18 @@ def _look_at_lesion(record: dict, subject: Subject, lesion: Volume, brain: np.nd
     record["lesion_ml"] = round(float(truth.sum() * lesion.millilitres), 6)
     record["lesion_outside_brain_ml"] = round(outside, 3)
     if (labels != labels.round()).any() or len(labels) > LEAST_LEVELS:
-        what = f"{path} holds no labels but {len(labels)} values."
-        record["problems"].append((what, "Give a mask of whole numbers, above 0 in the lesion."))
+        record["problems"].append(words("E08", path=path, count=len(labels)))
+        return
+    if labels[0] < 0:
+        record["problems"].append(words("E09", path=path, least=labels[0]))
         return
     record["lesion_labels"] = [int(v) for v in labels if v]
     if truth.sum() > 0.8 * brain.sum():
-        record["problems"].append((f"{path} covers the whole brain.", "Give the lesion's mask, not the brain's."))
+        record["problems"].append(words("E10", path=path))
     elif outside > record["lesion_ml"] / 2:
-        record["problems"].append((f"{path} lies mostly outside the brain.", "Check that it belongs to this scan."))
+        record["problems"].append(words("E11", path=path))
     if subject.healthy and truth.any():
-        record["problems"].append(
-            (f"{path} has a lesion in a subject declared healthy.", "Correct participants.tsv or the mask.")
-        )
+        record["problems"].append(words("E12", path=path))
 
 
 def _with_duplicates(records: dict[str, dict]) -> dict[str, dict]:
@@ -276,7 +273,7 @@ def _with_duplicates(records: dict[str, dict]) -> dict[str, dict]:
         for modality, mark in record["checksums"].items():
             first = owner.setdefault(mark, f"{subject} {modality}")
             if first != f"{subject} {modality}":
-                problem = (f"{subject} {modality} has the same voxels as {first}.", "Keep one of the two.")
+                problem = words("E13", scan=f"{subject} {modality}", other=first)
                 record["problems"] = [*record["problems"], problem]
     return records
 
@@ -285,16 +282,14 @@ def _with_square(records: dict[str, dict], side: float) -> dict[str, dict]:
     for subject, record in records.items():
         longest = max(record["extent_mm"][:2])
         if longest > side:
-            problem = (
-                f"{subject}: its brain of {longest:.0f} mm does not fit slices of {side:.0f} mm.",
-                "Raise size or pixel_mm.",
-            )
+            problem = words("E14", subject=subject, longest=longest, side=side)
             record["problems"] = [*record["problems"], problem]
     return records
 
 
 class _Memory:
-    """Records of earlier examinations, by the names, sizes and times of a subject's files."""
+    """Records of earlier examinations, by the names, sizes and times of a subject's files; copying may keep the time
+    of the last change of the content, but not that of the last change of any kind."""
 
     def __init__(self):
         self.path = ROOT / "data" / "prepared" / "examined.json"
@@ -308,7 +303,7 @@ class _Memory:
         scans = [*(subject.scans[m] for m in subject.having(modalities)), subject.lesion_mask]
         beside = [acquisition.sidecar(subject.scans[m]) for m in subject.having(modalities)]
         files = [f for scan in scans if scan for f in (sorted(scan.iterdir()) if scan.is_dir() else [scan])] + beside
-        seen = [(os.path.realpath(f), *((s.st_size, s.st_mtime_ns) if (s := _stat(f)) else ())) for f in files]
+        seen = [(os.path.realpath(f), *_state(f)) for f in files]
         return hashlib.sha256(json.dumps([EXAMINATION, seen, modalities, subject.healthy]).encode()).hexdigest()
 
     def keep(self) -> None:
@@ -316,11 +311,12 @@ class _Memory:
         volumes.write_bytes(self.path, json.dumps(good).encode())
 
 
-def _stat(path):
+def _state(path: Path) -> tuple[int, ...]:
     try:
-        return path.stat()
+        status = path.stat()
     except OSError:
-        return None
+        return ()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _embedded(healthy: int, patients: int, voxel_mm: float, seed: int) -> Path:

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from lib.errors import CourseError
-from lib.volumes import AGAIN, Volume, check_voxels
+from lib.refusals import AGAIN
+from lib.volumes import Volume, check_voxels
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 BRAIN_MM = 170.0  # longest edge of an adult's brain in the axial slices that show most of it

@@ -5,21 +5,20 @@ import hashlib
 import io
 import os
 import uuid
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
+from nibabel.arrayproxy import ArrayProxy
 
-from lib.errors import CourseError
+from lib import nifti
+from lib.refusals import refusal
 
 SUFFIXES = (".nii", ".nii.gz")
-VOXEL_MM = (0.1, 10.0)
-AGAIN = "Copy or download it again."
+MOST_LABEL = 2**24  # whole numbers beyond it are rounded in float32
+DIFFER = "Its header has two affines, sform and qform, that differ; the sform is taken."
+SIZES_DIFFER = "Its header gives voxels another size than its affine; that of the affine is taken."
 
 
 @dataclass(frozen=True)
@@ -50,22 +49,20 @@ class Volume:
 def read(path: Path, *, constant_allowed: bool = False) -> Volume:
     """Read a NIfTI file whole, its gzip checksum, header and voxels examined.
 
-    `constant_allowed`: an image of one value is a fault in a scan, not in a lesion mask.
-    Raises CourseError naming the file for any damage: a missing, empty, truncated or altered
-    file, more than one volume, a colour or complex image, an affine that is no affine, a voxel
-    edge outside 0.1 to 10 mm, NaN or infinite voxels, a constant image.
+    `constant_allowed`: it is a mask, which may be of one value, and whose labels must come through.
+    Raises CourseError naming the file for any damage: a missing, empty, truncated, altered or changing
+    file, more than one volume, a colour or complex image, a header that contradicts itself or the file's size, an
+    affine that is no affine, a voxel edge outside 0.1 to 10 mm, NaN or infinite voxels, a constant image.
+    Where the header's sform and qform differ, the sform is taken, as by nibabel and FSL, and a note says so.
     """
     path = Path(path)
-    image = _parse(path, _read_bytes(path))
-    _check_header(path, image)
-    try:
-        voxels = np.asarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
-    except (OSError, ValueError, OverflowError, MemoryError) as error:
-        raise CourseError(
-            f"{path} is truncated: its header promises more voxels than the file holds.", AGAIN
-        ) from error
+    header, content = nifti.load(path)
+    voxels = _voxels(path, header, content)
     check_voxels(path, voxels, constant_allowed)
-    return Volume(voxels, image.affine, bool(image.header["sform_code"] or image.header["qform_code"]))
+    if constant_allowed and header.get_data_dtype().kind in "iu" and abs(voxels).max() > MOST_LABEL:
+        raise refusal("S27", path=path, most=MOST_LABEL)
+    oriented = bool(header["sform_code"] or header["qform_code"])
+    return Volume(voxels, header.get_best_affine(), oriented, _notes(header))
 
 
 def write(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
@@ -106,77 +103,33 @@ def same_grid(shape, affine, other_shape, other_affine, tolerance: float = 0.1) 
     return bool(np.linalg.norm(apart, axis=1).max() <= tolerance * nibabel.affines.voxel_sizes(affine).min())
 
 
-def _read_bytes(path: Path) -> bytes:
-    """The decompressed content; `gzip.decompress` verifies the stream's checksum, nibabel does not."""
+def _notes(header: nibabel.Nifti1Header) -> tuple[str, ...]:
+    """What of the header is not believed. Programs differ in which affine they take: nibabel, FSL and ITK since 5.2 the
+    sform, MRtrix the qform."""
+    affine, shape = header.get_best_affine(), header.get_data_shape()[:3]
+    twice = header["sform_code"] and header["qform_code"]
+    other = nifti.qform(header)
+    if twice and (other is None or not same_grid(shape, affine, shape, other)):
+        return (DIFFER,)
+    if not np.allclose(nibabel.affines.voxel_sizes(affine), header["pixdim"][1:4], rtol=0.01):
+        return (SIZES_DIFFER,)
+    return ()
+
+
+def _voxels(path: Path, header: nibabel.Nifti1Header, content: bytes) -> np.ndarray:
+    """Scaled as the header says, float32 [i, j, k]."""
     try:
-        if not path.is_file():
-            raise CourseError(f"{path} is not a file.", "Give the path of a NIfTI file (.nii or .nii.gz).")
-        content = path.read_bytes()
-    except OSError as error:
-        raise CourseError(
-            f"{path} cannot be read: {error.strerror}.", "Check the file's permissions and the disk."
-        ) from error
-    if not content:
-        raise CourseError(f"{path} is empty.", AGAIN)
-    if not path.name.lower().endswith(".gz"):
-        return content
-    try:
-        return gzip.decompress(content)
-    except gzip.BadGzipFile as error:
-        what = "is damaged: its checksum does not match" if content[:2] == b"\x1f\x8b" else "is not a gzip file"
-        raise CourseError(f"{path} {what}.", AGAIN) from error
-    except (EOFError, zlib.error) as error:
-        what = "truncated" if isinstance(error, EOFError) else "damaged"
-        raise CourseError(f"{path} is {what}: its gzip stream does not decompress.", AGAIN) from error
-
-
-def _parse(path: Path, content: bytes) -> nibabel.Nifti1Image:
-    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
-        try:
-            image = kind.from_bytes(content)
-            if np.isinf(kind.header_class.from_fileobj(io.BytesIO(content))["scl_slope"]):  # nibabel takes it for 1
-                raise CourseError(f"{path} scales its voxels by infinity.", "Repair the header's scl_slope.")
-            return image
-        except (ImageFileError, WrapStructError, HeaderDataError, ValueError, OverflowError, KeyError, OSError):
-            continue
-    raise CourseError(f"{path} is not a NIfTI image.", "Convert the scan to NIfTI, or copy it again.")
-
-
-def _check_header(path: Path, image: nibabel.Nifti1Image) -> None:
-    shape = image.shape
-    if len(shape) < 3 or min(shape[:3]) < 2:
-        raise CourseError(f"{path} is no volume: its shape is {shape}.", "Give three-dimensional scans.")
-    if np.prod(shape[3:], dtype=int) != 1:
-        raise CourseError(
-            f"{path} holds {np.prod(shape[3:], dtype=int)} volumes, not one.", "Split it into a file a modality."
-        )
-    if image.get_data_dtype().kind not in "iuf":
-        raise CourseError(
-            f"{path} holds colours or complex numbers, not intensities.", "Export the scan as grey values."
-        )
-    affine = image.affine
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise CourseError(
-            f"{path} has an affine that is not finite or not invertible.",
-            "Repair the header, or convert the scan again.",
-        )
-    sizes = nibabel.affines.voxel_sizes(affine)
-    if sizes.min() < VOXEL_MM[0] or sizes.max() > VOXEL_MM[1]:
-        edges = " × ".join(f"{s:.3g}" for s in sizes)
-        raise CourseError(
-            f"{path} has voxels of {edges} mm.", "Repair the header: edges of 0.1 to 10 mm are plausible."
-        )
+        with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
+            scaled = np.asarray(ArrayProxy(io.BytesIO(content), header), dtype=np.float32)
+    except MemoryError as error:
+        raise refusal("S20", path=path, gigabytes=nifti.promised(header) / 2**30) from error
+    return scaled.reshape(header.get_data_shape()[:3])
 
 
 def check_voxels(path: Path, voxels: np.ndarray, constant_allowed: bool = False) -> None:
     """Raise CourseError naming the file for NaN or infinite voxels, and for an image of one value unless allowed."""
     finite = np.isfinite(voxels)
     if not finite.all():
-        raise CourseError(
-            f"{path} has {100 * (1 - finite.mean()):.2g} % NaN or infinite voxels.",
-            "Export the scan again, or mend the step that wrote it.",
-        )
+        raise refusal("S25", path=path, percent=100 * (1 - finite.mean()))
     if not constant_allowed and voxels.min() == voxels.max():
-        raise CourseError(
-            f"{path} is constant: every voxel is {voxels.flat[0]:g}.", "Leave it out, or export the scan again."
-        )
+        raise refusal("S26", path=path, value=voxels.flat[0])

@@ -143,10 +143,10 @@ def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "x_flair.nii"
     path.write_bytes(content())
 
-    def denied(self):
+    def denied(self, mode):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(Path, "open", denied)
     assert "Permission denied" in refused(path).what
 
 

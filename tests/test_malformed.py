@@ -1,0 +1,269 @@
+"""Broken scans and folders: each is refused by name with its cure, or read right; good ones beside it come through."""
+
+import ast
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import malformed, malformed_folders
+from lib import cohort, datasets, dicom, intake, nifti, refusals, volumes
+from lib.errors import CourseError
+from lib.preprocessing import Recipe
+
+ROOT = Path(__file__).parents[1]
+BROKEN = [name for name, case in malformed.CASES.items() if case.code]
+GOOD = [name for name, case in malformed.CASES.items() if not case.code]
+PATIENT = malformed_folders.GOOD
+FOLDERS = malformed_folders.FOLDERS
+SERIES = malformed_folders.SERIES
+FITS = {"size": 48, "pixel_mm": 4.0}
+
+
+def refused(code, call, *arguments, **options):
+    """What a call is refused with, held against the table."""
+    with pytest.raises(CourseError) as caught:
+        call(*arguments, **options)
+    assert caught.value.code == code, caught.value
+    assert caught.value.cure == refusals.REFUSALS[code][1] or "{" in refusals.REFUSALS[code][1]
+    return caught.value.what
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_refused_by_name_with_its_cure(tmp_path, name):
+    case = malformed.CASES[name]
+    path = case.write(tmp_path)
+    with case.around(path):
+        assert str(path) in refused(case.code, volumes.read, path, constant_allowed=case.mask)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_an_odd_but_good_file_is_the_good_scan(tmp_path, name):
+    case = malformed.CASES[name]
+    assert case.right(volumes.read(case.write(tmp_path)))
+
+
+def test_a_case_is_not_right_for_another_scan(tmp_path):
+    case = malformed.CASES["good"]
+    good = volumes.read(case.write(tmp_path))
+    assert case.right(good)
+    for voxels, affine in [
+        (good.voxels + np.eye(*good.voxels.shape[1:]), good.affine),
+        (good.voxels[::-1], good.affine),
+        (good.voxels, good.affine @ np.diag([-1, 1, 1, 1])),
+        (good.voxels[:-1], good.affine),
+    ]:
+        assert not case.right(volumes.Volume(voxels, affine))
+    assert not malformed.CASES["two affines, two voxels apart"].right(good)
+
+
+@pytest.mark.parametrize("name", ["huge", "huge, in gzip", "a gzip bomb", "offset beyond the file"])
+def test_what_is_huge_is_refused_before_memory_is_taken(tmp_path, name):
+    path = malformed.CASES[name].write(tmp_path)
+    tracemalloc.start()
+    try:
+        refused(malformed.CASES[name].code, volumes.read, path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("place", ["lib.nifti._unpacked", "lib.volumes.ArrayProxy"])
+def test_a_scan_larger_than_memory_is_refused(tmp_path, monkeypatch, place):
+    path = malformed.CASES["good, in gzip"].write(tmp_path)
+    really = nifti._unpacked
+
+    def unpacked(path, start, most, whole=True):
+        if whole:
+            raise MemoryError
+        return really(path, start, most, whole)
+
+    def proxy(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(place, unpacked if "unpacked" in place else proxy)
+    assert str(path) in refused("S20", volumes.read, path)
+
+
+@pytest.fixture
+def subjects(tmp_path):
+    return malformed_folders.write_subjects(tmp_path / "scans", outside=-1024)
+
+
+def left(root):
+    """What lies in data/prepared but the memory of the examination."""
+    return [path.name for path in (root / "data" / "prepared").glob("*") if path.name != "examined.json"]
+
+
+def said_with(code, text):
+    """Whether a sentence of the table, whatever its fields, stands in a text with its cure."""
+    pattern = " ".join(re.sub(r"\\\{.*?\}", ".+?", re.escape(part)) for part in refusals.REFUSALS[code])
+    return re.search(pattern, text)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_of_a_folder_nothing_but_the_broken_subject_is_lost(subjects, course_root, name):
+    case = FOLDERS[name]
+    case.make(subjects)
+    settings = FITS | dict(case.settings)
+    if case.code or case.whole:
+        with pytest.raises(CourseError) as caught:
+            intake.gather(str(subjects), **settings)
+        assert not case.code or said_with(case.code, caught.value.what)
+        assert case.said in caught.value.what
+        assert "p1" in caught.value.what
+        assert not any(f"{good}_" in caught.value.what for good in PATIENT)
+        assert left(course_root) == []
+    if not case.whole:
+        gathered = intake.gather(str(subjects), **settings, skip_broken=bool(case.code))
+        assert set(PATIENT) <= {s.id for s in gathered.subjects}
+        assert len(gathered.left_out) == bool(case.code)
+        assert case.code or (len(gathered.subjects) == 5 and case.said in " ".join(gathered.notes))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser may become nobody")
+def test_a_folder_that_may_not_be_listed_is_refused(subjects, course_root):
+    for place in [subjects, *subjects.parents][:4]:
+        place.chmod(0o755)
+    with malformed.locked(subjects / "p1"):
+        assert f"{subjects}/p1" in refused("F01", datasets.find_subjects, subjects)
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_a_broken_series_is_refused_by_name_and_an_odd_one_is_read(tmp_path, name):
+    code, change = SERIES[name]
+    folder = malformed_folders.write_series(tmp_path / "series")
+    change(folder)
+    if code:
+        assert str(folder) in refused(code, dicom.read, folder)
+        return
+    volume = dicom.read(folder)
+    np.testing.assert_array_equal(volume.voxels, malformed_folders.PLANES.transpose(2, 1, 0))
+    np.testing.assert_allclose(volume.affine[:3, 2], [0, 0, malformed_folders.GAP_MM])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: volumes.write(path, volumes.read(path).voxels * 2, volumes.read(path).affine),
+        lambda path: volumes.write(path, volumes.read(path).voxels, volumes.read(path).affine @ np.diag([-1, 1, 1, 1])),
+        lambda path: path.write_bytes(path.read_bytes()[:500]),
+        lambda path: path.unlink(),
+    ],
+    ids=["other voxels", "another affine", "truncated", "gone"],
+)
+def test_a_scan_that_changes_behind_its_examination_enters_no_cohort(subjects, course_root, change):
+    gathered = intake.gather(str(subjects), **FITS)
+    change(subjects / "p2" / "p2_flair.nii.gz")
+    assert "p2" in refused("E15", cohort.prepare_cohort, gathered, Recipe(**FITS))
+    assert list((course_root / "data" / "prepared").glob("*/manifest.json")) == []
+    again = intake.gather(str(subjects), **FITS, skip_broken=True)
+    ready = cohort.open_cohort(cohort.prepare_cohort(again, Recipe(**FITS)))
+    assert {s.id for s in ready.subjects} >= {"p0", "p1", "p3", "p4"}
+
+
+def test_a_change_that_keeps_size_and_time_is_examined_again(subjects, course_root):
+    path = subjects / "p2" / "p2_flair.nii.gz"
+    times = path.stat()
+    first = intake.gather(str(subjects), **FITS)
+    made = path.read_bytes()
+    path.write_bytes(malformed.flipped(made, 8 * len(made) - 40))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(CourseError, match="its checksum does not match"):
+        intake.gather(str(subjects), **FITS)
+    path.write_bytes(made)
+    assert intake.gather(str(subjects), **FITS) == first
+
+
+def test_every_refusal_is_provoked_by_a_case():
+    codes = {case.code for case in (*malformed.CASES.values(), *FOLDERS.values())} | {
+        code for code, _ in SERIES.values()
+    }
+    elsewhere = {"S20", "F01", "E15"}  # above, for they need more than a file
+    assert codes - {""} | elsewhere == refusals.REFUSALS.keys()
+
+
+@pytest.mark.parametrize("name", ["nifti", "volumes", "dicom"])
+def test_what_reads_scans_refuses_by_the_table_alone(name):
+    tree = ast.parse((ROOT / "lib" / f"{name}.py").read_text())
+    called = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert "CourseError" not in called
+    assert "refusal" in called
+
+
+def test_every_code_in_lib_stands_in_the_table_and_every_row_is_used():
+    text = "".join(path.read_text() for path in (ROOT / "lib").glob("*.py") if path.name != "refusals.py")
+    assert set(re.findall(r'"([SDFE]\d\d)"', text)) == refusals.REFUSALS.keys()
+
+
+def test_the_page_of_refusals_is_the_table():
+    assert (ROOT / "docs" / "refusals.md").read_text() == refusals.page()
+
+
+def test_a_refusal_keeps_its_code_between_processes():
+    error = pickle.loads(pickle.dumps(refusals.refusal("S03", path="a {b}.nii")))
+    assert (error.what, error.cure, error.code) == ("a {b}.nii is empty.", refusals.AGAIN, "S03")
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A copy of the course whose data and reports are its own."""
+    for name in ("lib", "notebooks"):
+        shutil.copytree(ROOT / name, tmp_path / "home" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "home"
+
+
+def command(home, module, *arguments):
+    """How a command of the course ends, and what it says."""
+    call = [sys.executable, "-m", module, *map(str, arguments)]
+    ended = subprocess.run(
+        call, cwd=home, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": "."}
+    )
+    assert "Traceback" not in ended.stdout + ended.stderr
+    return ended.returncode, ended.stderr
+
+
+def test_the_course_lists_what_is_broken_and_begins_nothing(subjects, home):
+    (subjects / "p1" / "p1_flair.nii.gz").write_bytes(malformed.packed()[:900])
+    (subjects / "p2" / "p2_seg.nii.gz").write_bytes(malformed.packed(malformed.content(malformed.LESION * 0.5)))
+    (subjects / "p3" / "p3_flair.nii.gz").write_bytes(malformed.packed(malformed.patched(scl_slope=np.inf)))
+    status, said = command(home, "lib.course", "--data", subjects, "--only", "01", "--quiet")
+    assert status == 2
+    assert "3 of 5 subjects cannot be used" in said
+    for code in ("S07", "E08", "S17"):
+        assert said_with(code, said)
+    assert left(home) == []
+    assert list((home / "reports").glob("*")) == []
+
+
+@pytest.mark.parametrize("name", ["ids that differ in case", "two files for one scan"])
+def test_the_course_refuses_a_folder_that_is_not_one_thing(subjects, home, name):
+    FOLDERS[name].make(subjects)
+    status, said = command(home, "lib.course", "--data", subjects, "--only", "01", "--quiet")
+    assert status == 2
+    assert FOLDERS[name].said in said
+    assert left(home) == []
+
+
+def test_detection_refuses_broken_scans_one_by_one_and_the_good_one_goes_through(finished, tmp_path):
+    names = ["gzip cut at a quarter", "huge", "infinite slope", "two affines, left and right exchanged", "a NaN voxel"]
+    scans = []
+    for number, name in enumerate(names):
+        (tmp_path / str(number)).mkdir()
+        scans.append(malformed.CASES[name].write(tmp_path / str(number)))
+    good = finished / "scans" / "p0" / "p0_flair.nii.gz"
+    arguments = ("--run", "small", "--method", "intensity_median", "--modality", "FLAIR", "--out", tmp_path / "out")
+    status, said = command(finished, "lib.detect", *scans, good, *arguments)
+    assert status == 1
+    for name, scan in zip(names, scans, strict=True):
+        assert said_with(malformed.CASES[name].code, said.replace("\n", " "))
+        assert str(scan.parent) in said
+    assert [path.parent.name for path in (tmp_path / "out").glob("*/report.html")] == ["p0_flair"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"p0_flair"}
