@@ -137,7 +137,7 @@ FOLDERS: dict[str, Folder] = {
     "a mask of other voxels": Folder("E05", _rewritten("seg", edges=(1, 1, 0.9))),
     "hardly a brain": Folder("E06", _rewritten("flair", lambda v: v * (np.arange(v.shape[0]) < 6)[:, None, None])),
     "no background": Folder("E06", _whole_head),
-    "a patient without a mask": Folder("E07", _patient_without_mask),
+    "a patient without a mask": Folder("", _patient_without_mask),
     "a mask of fractions": Folder("E08", _rewritten("seg", lambda v: v * 0.5)),
     "a scan for a mask": Folder("E08", _rewritten("seg", lambda v: np.arange(v.size).reshape(v.shape) % 999)),
     "a mask with -1": Folder("E09", _rewritten("seg", lambda v: -v)),

@@ -109,7 +109,7 @@ def _scan(scans: pd.DataFrame | None, name: str) -> str:
 
 
 def _interval(value: float, low: float, high: float) -> str:
-    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+    return NOT_RUN if pd.isna(value) else f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _percent(share: float) -> str:

@@ -20,7 +20,7 @@ from scipy import ndimage
 from lib import ROOT, dicom, privacy, run_folder, volumes
 from lib.datasets import Subject, hidden_names, read_scan
 from lib.errors import CourseError, check_choice
-from lib.intake import BRAIN_LITRES, LESION_FREE, Gathered, content, examine_scan, is_healthy
+from lib.intake import BRAIN_LITRES, LESION_FREE, Gathered, content, examine_scan, is_healthy, is_outlined
 from lib.preprocessing import OwnGrid, Prepared, Recipe, between_empty, canonical, extracted, prepare
 from lib.progress import bar
 from lib.refusals import refusal
@@ -178,13 +178,19 @@ class PreparedSubject:
         with np.load(self.folder / "own_grid.npz", allow_pickle=False) as file:
             return OwnGrid(file["brain"], file["lesion"], file["affine"])
 
+    @property
+    def outlined(self) -> bool:
+        """Whether it is known which voxels are lesion; where not, `lesion` is empty and says nothing."""
+        return self.facts.get("outlined", True)
+
     @cached_property
     def lesion_free(self) -> np.ndarray:
-        """Slices with brain and at least GUARD slices between them and any lesion voxel, bool [slice]."""
+        """Slices with brain and at least GUARD slices between them and any lesion voxel, bool [slice]; none where
+        lesions are not outlined."""
         touched = np.zeros(len(self.brain), bool)
         touched[self.facts["lesion_slices"]] = True
         near = ndimage.binary_dilation(touched, iterations=GUARD)
-        return self.brain.any(axis=(1, 2)) & ~near
+        return self.brain.any(axis=(1, 2)) & ~near & self.outlined
 
 
 @dataclass(frozen=True)
@@ -374,6 +380,7 @@ def _manifest(identity: str, gathered: Gathered, recipe: Recipe, folder: Path) -
                 "id": s.id,
                 "split": gathered.splits[s.id],
                 "healthy": is_healthy(s, found),
+                "outlined": is_outlined(s),
                 "site": s.site,
                 "kind": s.kind,
                 "checksums": found["checksums"],

@@ -222,7 +222,9 @@ class _Run:
                 left.clear()
 
     def _can_start(self, name: str) -> bool:
-        return all(self.record["notebooks"][need]["status"] == "done" for need in self.course.notebooks[name].needs)
+        notebook, entries = self.course.notebooks[name], self.record["notebooks"]
+        before = [*notebook.needs, *(one for one in notebook.after if one in self.waiting)]
+        return all(entries[one]["status"] == "done" for one in before)
 
     def _place(self, name: str, past: Mapping, left: list[str], most: int) -> Place:
         later = [past.get(other) for other in left]

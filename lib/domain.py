@@ -72,8 +72,8 @@ def features(subject: PreparedSubject) -> np.ndarray:
 
 
 def histogram(subject: PreparedSubject) -> np.ndarray:
-    """For each modality percentiles of the brain outside the lesion, then the logarithms of the scales that were
-    divided out: float [feature]."""
+    """For each modality percentiles of the brain outside the lesion (of all of it, where that is not outlined), then
+    the logarithms of the scales that were divided out: float [feature]."""
     healthy = np.asarray(subject.brain) & ~np.asarray(subject.lesion)
     percentiles = np.percentile(subject.image[:, healthy].astype(np.float32), QUANTILES, axis=1)
     return np.concatenate([percentiles.ravel(), np.log(subject.facts["scales"])])

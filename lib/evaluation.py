@@ -35,6 +35,11 @@ IN_STRATA = {"ap", "dice", "dice_oracle", "sensitivity_at_fpr1", "sensitivity_at
              "lesion_recall_strict", "false_positives_per_volume"}  # fmt: skip
 RIVALLED = ["ap", "ap_pooled", "auroc", "balanced_accuracy", "dice", "froc", "lesion_recall", "lesion_recall_strict",
             "sensitivity_at_fpr1", "sensitivity_at_fpr5"]  # fmt: skip
+LEADING = {  # metric that puts methods in order: the first that there is
+    "ap": "voxel average precision, mean over patients",
+    "auroc": "AUROC of scans",
+    "fpr_seen": "share of healthy voxels called",
+}
 DOMAIN = "domain_classifier"  # scores scans by histogram, header and size alone
 
 
@@ -54,6 +59,9 @@ def evaluate(run: str, cohort: Cohort, seed: int = 0) -> pd.DataFrame:
         warned[method, scoring.seed_of(trained, seed)] = scoring.warnings(run, trained)
     order = ["method", "postprocess", "stratum", "level", "metric", "seed"]
     table = pd.DataFrame(rows, columns=COLUMNS).sort_values(order, ignore_index=True)
+    if leading(table).empty:
+        what = "No test subject can be judged: nobody is healthy, and no lesion is outlined."
+        raise CourseError(what, "Add lesion masks, or healthy subjects to the split test.")
     table["note"] = _notes(table, cohort, warned)
     _write(run, "results.csv", table, "%.4f")
     _write(run, "patients.csv", pd.DataFrame(records), "%.6f")
@@ -68,13 +76,33 @@ def patients(run: str, cohort: Cohort) -> pd.DataFrame:
     """
     path = run_folder(run) / "patients.csv"
     try:
-        table = pd.read_csv(path, dtype={"patient": str, "site": str, "kind": str}, keep_default_na=False,
-                            na_values={c: [""] for c in (*MEANS.values(), "scan_score")})  # fmt: skip
+        missing = {c: [""] for c in (*MEANS.values(), "scan_score", *judging.OF_LESIONS)}
+        text = {"patient": str, "site": str, "kind": str}
+        table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=missing)
     except (OSError, ValueError) as error:
         raise CourseError(f"{path} is missing or damaged.", "Run 08_comparison of this run first.") from error
     if set(table.patient) != {s.id for s in cohort.split("test")}:
         raise CourseError(f"{path} is of another cohort.", "Run 08_comparison of this run again.")
     return table
+
+
+def unanswered(cohort: Cohort) -> str:
+    """What cannot be judged for want of outlined lesions among the test subjects, in words; "" where all is known."""
+    ill = [s for s in cohort.split("test") if not s.healthy]
+    bare = sum(not s.outlined for s in ill)
+    if not ill:
+        return "nobody is ill among the test subjects: nothing is found or missed"
+    if bare == len(ill):
+        return "no subject has a lesion mask: only whole scans are judged"
+    return f"{bare} of {len(ill)} patients have no lesion mask and count at the level of scans alone" if bare else ""
+
+
+def leading(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `results.csv` that hold the figure by which methods are put in order, the best last: voxel AP; where
+    no lesion is outlined, the AUROC of scans; where nobody is ill, the share of healthy voxels called."""
+    asked = table[table.level == table.metric.map({"ap": "voxel", "auroc": "scan", "fpr_seen": "voxel"})]
+    metric = next((name for name in LEADING if name in set(asked.metric)), "")
+    return asked[asked.metric == metric].sort_values("value", kind="stable", ascending=metric != "fpr_seen")
 
 
 def first_seed(table: pd.DataFrame) -> pd.DataFrame:
@@ -132,8 +160,10 @@ def who_beats_whom(differences: pd.DataFrame) -> pd.DataFrame:
 
 
 def test_counts(run: str, method: str, cohort: Cohort) -> list[SubjectCounts]:
-    """Counts of every test subject under a method, in the order of their names."""
-    return [judging.count(scan, scan.codes("none")) for scan in judging.tested(run, method, cohort)]
+    """Counts of every test subject under a method, in the order of their names, but of those whose lesions are not
+    outlined."""
+    scans = judging.tested(run, method, cohort)
+    return [judging.count(scan, scan.codes("none")) for scan in scans if scan.subject.outlined]
 
 
 def frozen_threshold(run: str, method: str, cohort: Cohort) -> int:
@@ -147,6 +177,12 @@ def patients_by_precision(subjects: list[SubjectCounts]) -> list[tuple[str, floa
     return sorted(found, key=lambda pair: pair[1])
 
 
+def scans_by_score(run: str, method: str, cohort: Cohort) -> list[tuple[str, float]]:
+    """Identity and scan score of each test subject, the lowest first."""
+    table = first_seed(patients(run, cohort)).query("method == @method and postprocess == 'none'")
+    return sorted(zip(table.patient, table.scan_score, strict=True), key=lambda pair: pair[1])
+
+
 def slice_confusion(run: str, method: str, cohort: Cohort) -> np.ndarray:
     """Test slices by truth (row: healthy, lesion) and call (column), int [2, 2], at the frozen slice threshold.
 
@@ -154,7 +190,7 @@ def slice_confusion(run: str, method: str, cohort: Cohort) -> np.ndarray:
     """
     table = first_seed(patients(run, cohort)).query("method == @method and postprocess == 'none'")
     well, ill, alarms, hits = table[["well_slices", "ill_slices", "well_slices_called", "ill_slices_called"]].sum()
-    return np.array([[well - alarms, alarms], [ill - hits, hits]])
+    return np.array([[well - alarms, alarms], [ill - hits, hits]]).astype(int)
 
 
 def steps_of(trained: str) -> tuple[str, ...]:
@@ -194,16 +230,18 @@ def _evaluate_training(run: str, trained: str, cohort: Cohort, seed: int) -> tup
     rows, records = [], []
     for step, limits in frozen.items():
         subjects = [one[step] for one in judged]
+        known = [one for one in subjects if one.counts.outlined]
         of_all = shared | {"postprocess": step, "stratum": "all"}
         if method in SLICE_LABELS:
-            counts = [s.counts for s in subjects]
-            return _rows(figures.slices(counts, seed) | figures.slice_rules(subjects, seed), of_all), [], []
+            counts = [s.counts for s in known]
+            return _rows(figures.slices(counts, seed) | figures.slice_rules(known, seed), of_all), [], []
         records += [{"method": method, "seed": own, "postprocess": step, **one.record} for one in subjects]
         rows += _rows(figures.of_step(subjects, limits, step, seed), of_all)
-        for name, members in _strata(subjects).items() if (trained, step) == (method, "none") else ():
+        for name, members in _strata(known).items() if (trained, step) == (method, "none") else ():
             few = figures.voxels(members, seed, IN_STRATA)
             rows += _rows(few, shared | {"postprocess": step, "stratum": name})
-    curve = figures.froc_points([one["none"] for one in judged]) if trained == method else []
+    known = [one["none"] for one in judged if one["none"].counts.outlined]
+    curve = figures.froc_points(known) if known and trained == method else []
     return rows, records, [(method, *point) for point in curve]
 
 
@@ -248,6 +286,7 @@ def _notes(table: pd.DataFrame, cohort: Cohort, warned: dict[tuple[str, int], li
     and what the healthy material was."""
     material = f"healthy material: {cohort.training}" if cohort.training == LESION_FREE else ""
     grid = "judged on the scan's own grid" if cohort.grid == "scan" else ""
+    lacking = unanswered(cohort)
     same = ["postprocess", "stratum", "level", "metric"]
     judged = table[(table.family == "baseline") & table.metric.isin(RIVALLED)]
     best = judged.sort_values("value", kind="stable").groupby(same).tail(1).set_index(same)
@@ -259,12 +298,28 @@ def _notes(table: pd.DataFrame, cohort: Cohort, warned: dict[tuple[str, int], li
         said = row.note if isinstance(row.note, str) else ""
         outdone = f"{rival} does as well or better" if beaten else ""
         went_wrong = warned.get((row.method, row.seed), [])
-        notes.append("; ".join(filter(None, [said, outdone, *went_wrong, material, grid])))
+        notes.append("; ".join(filter(None, [said, outdone, *went_wrong, material, grid, lacking])))
     return notes
 
 
 __all__ = [
-    "CODES", "COLUMNS", "PROMISED_FPR", "SubjectCounts", "codes", "evaluate", "frozen_threshold", "paired_differences",
-    "patients", "patients_by_precision", "seed_spread", "slice_confusion", "steps_of", "test_counts", "value_of",
+    "CODES",
+    "COLUMNS",
+    "PROMISED_FPR",
+    "SubjectCounts",
+    "codes",
+    "evaluate",
+    "frozen_threshold",
+    "leading",
+    "paired_differences",
+    "patients",
+    "patients_by_precision",
+    "scans_by_score",
+    "seed_spread",
+    "slice_confusion",
+    "steps_of",
+    "test_counts",
+    "unanswered",
+    "value_of",
     "who_beats_whom",
 ]  # fmt: skip

@@ -42,18 +42,21 @@ NOTES = {
 
 
 def of_step(subjects: Sequence[Judged], limits: Frozen, step: str, seed: int) -> dict:
-    """All figures of a post-processing step."""
+    """All figures of a post-processing step; subjects whose lesions are not outlined count at the level of scans."""
+    known = [s for s in subjects if s.counts.outlined]
     if step == "none":
-        found = voxels(subjects, seed, IN_VOXELS - {"lesion_lost"}) | _promises(subjects, limits)
-        found |= slices([s.counts for s in subjects], seed) | slice_rules(subjects, seed) | _scans(subjects, seed)
-        return found | ({("lesion", "froc"): _froc(subjects, seed)} if found.get(("voxel", "ap")) else {})
+        found = voxels(known, seed, IN_VOXELS - {"lesion_lost"}) | _promises(known, limits)
+        found |= slices([s.counts for s in known], seed) | slice_rules(known, seed) | _scans(subjects, seed)
+        return found | ({("lesion", "froc"): _froc(known, seed)} if found.get(("voxel", "ap")) else {})
     kept = OF_DETECTIONS if step == "components" else (IN_VOXELS | {"fpr_promised"}) - ONLY_RAW
-    found = voxels(subjects, seed, kept) | _promises(subjects, limits)
+    found = voxels(known, seed, kept) | _promises(known, limits)
     return {key: figure for key, figure in found.items() if key[1] in kept}
 
 
 def voxels(subjects: Sequence[Judged], seed: int, wanted: Collection[str]) -> dict:
     """Figures of voxels and lesions, those that are wanted of IN_VOXELS; those that no subject has are left out."""
+    if not subjects:
+        return {}
     table = pd.DataFrame([s.record for s in subjects])
     found = {key: _mean(table[column], seed) for key, column in MEANS.items() if key[1] in wanted}
     found |= {key: _share(table[one], table[all_], seed) for key, (one, all_) in SHARES.items() if key[1] in wanted}
@@ -68,6 +71,8 @@ def voxels(subjects: Sequence[Judged], seed: int, wanted: Collection[str]) -> di
 
 def slices(subjects: Sequence[SubjectCounts], seed: int) -> dict:
     """How well slices with lesion are ranked above those without."""
+    if not subjects:
+        return {}
     values, place = np.unique(np.concatenate([s.slice_scores for s in subjects]), return_inverse=True)
     parts = np.split(place, np.cumsum([len(s.slice_scores) for s in subjects])[:-1])
     pairs = list(zip(subjects, parts, strict=True))
@@ -79,6 +84,8 @@ def slices(subjects: Sequence[SubjectCounts], seed: int) -> dict:
 def slice_rules(subjects: Sequence[Judged], seed: int) -> dict:
     """Mean of sensitivity and specificity for slices: at the threshold that healthy validation slices fixed, at the
     one that is best on these labels (Youden), and at a fixed cut-off of the mean squared map."""
+    if not subjects:
+        return {}
     table = pd.DataFrame([s.record for s in subjects])
     scores, labels = (np.concatenate([getattr(s.counts, name) for s in subjects])
                       for name in ("slice_scores", "slice_labels"))  # fmt: skip

@@ -241,8 +241,6 @@ def _look_at_brain(
     record["extent_mm"] = extent_mm(brain, first.voxel_mm).round(1).tolist()
     if lesion:
         _look_at_lesion(record, subject, lesion, brain)
-    elif subject.healthy is False:
-        record["problems"].append(words("E07", subject=subject.id))
 
 
 def _look_at_lesion(record: dict, subject: Subject, lesion: Volume, brain: np.ndarray) -> None:
@@ -353,9 +351,11 @@ def _in_no_split(subjects, assigned) -> list[dict]:
 
 
 def _known(subjects) -> tuple[tuple[Subject, ...], list[dict]]:
-    """Without a lesion mask, a subject is of use only where it is known to be healthy."""
-    unknown = [s for s in subjects if s.lesion_mask is None and not s.healthy]
-    why = "It has no lesion mask and is not known to be healthy; say so in the column healthy of participants.tsv."
+    """Without a lesion mask, a subject is of use only where it is known to be healthy or ill."""
+    unknown = [s for s in subjects if s.lesion_mask is None and s.healthy is None]
+    why = (
+        "It has no lesion mask and is not known to be healthy or ill; say so in the column healthy of participants.tsv."
+    )
     return tuple(s for s in subjects if s not in unknown), [{"subject": s.id, "why": why} for s in unknown]
 
 
@@ -364,16 +364,23 @@ def is_healthy(subject: Subject, facts: dict) -> bool:
     return subject.healthy if subject.healthy is not None else facts["lesion_ml"] == 0
 
 
+def is_outlined(subject: Subject) -> bool:
+    """Whether it is known which voxels are lesion: by a lesion mask, or because there is none in the healthy."""
+    return subject.lesion_mask is not None or bool(subject.healthy)
+
+
 def _assign(subjects, facts, stated: Mapping[str, str], left_out, seed: int) -> tuple[dict[str, str], str]:
-    """Splits by subject, and what the healthy material is; `stated`: the splits of a file, where there is one."""
+    """Splits by subject, and what the healthy material is; `stated`: the splits of a file, where there is one. Patients
+    whose lesions are not outlined are tested and no more."""
     loads = {s.id: facts[s.id]["lesion_ml"] for s in subjects}
+    outlined = {s.id: loads[s.id] for s in subjects if is_outlined(s)}
     healthy = {s.id for s in subjects if is_healthy(s, facts[s.id])}
     if stated:
         result = {s: name for s, name in stated.items() if s in loads}
     elif len(healthy) >= len(datasets.SPLITS):
         result = dict.fromkeys(loads, "test") | datasets.split(dict.fromkeys(healthy, 0.0), HEALTHY_SHARES, seed)
     else:
-        result = datasets.split(loads, PATIENT_SHARES, seed)
+        result = dict.fromkeys(loads, "test") | datasets.split(outlined, PATIENT_SHARES, seed)
     for name in datasets.SPLITS:
         if name not in result.values():
             reasons = "".join(f"\n  {one['subject']}: {one['why']}" for one in left_out)
@@ -397,6 +404,15 @@ def _notes(subjects, facts, splits, training, left_out) -> Iterator[str]:
         healthy = sum(is_healthy(s, facts[s.id]) for s in members)
         yield f"Split {name}: {healthy} healthy, {len(members) - healthy} patients."
     yield f"Healthy material for training and thresholds: {training}."
+    ill = [s for s in subjects if not is_healthy(s, facts[s.id])]
+    bare = sum(not is_outlined(s) for s in ill)
+    if bare:
+        yield (
+            f"{bare} of {len(ill)} patients have no lesion mask: they are judged as whole scans alone, and count in no "
+            "figure of voxels, lesions or slices."
+        )
+    if not ill:
+        yield "Nobody is ill in this data: it is asked what healthy scans allow alone, false alarms promised and seen."
     labels = sorted({v for s in subjects for v in facts[s.id]["lesion_labels"]})
     if labels:
         yield f"Lesion labels found: {', '.join(map(str, labels))}; any of them counts as lesion."

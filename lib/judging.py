@@ -33,6 +33,11 @@ PROMISED_SLICE_FPR = 0.05  # share of healthy validation slices above the slice 
 SQUARES_CUTOFF = 0.02  # of a slice's mean squared map, as fixed cut-offs in use have it
 SIGMAS = 2  # above the mean of the tested scan's own map
 SMALLEST_MM3 = 20.0  # smaller components are no detections
+OF_LESIONS = (
+    *("lesion_ml", "lesions", "lesion_voxels", "lesion_lost", "lesions_found", "lesions_found_strictly"),
+    *("false_positives", "ill_slices", "well_slices"),
+    *(f"{kind}_slices_{rule}" for rule in ("called", "above_cutoff") for kind in ("ill", "well")),
+)  # of a record, what is not known where lesions are not outlined
 FROC_SHARES = np.geomspace(1e-5, 0.1, 16)  # of the healthy validation voxels above each threshold of the curve
 
 
@@ -59,7 +64,7 @@ class Ground:
 class Scored:
     """A subject's map as codes uint16 and the brain that it is of, [slice, row, column] in the box of the brain; the
     voxels that are judged; of the slices that have brain the scores, the mean squares of the map over the whole square,
-    and whether they hold lesion and count as healthy."""
+    and whether they hold lesion and count as healthy. Where lesions are not outlined, no slice is judged."""
 
     subject: PreparedSubject
     code: np.ndarray
@@ -107,7 +112,7 @@ def read(run: str, method: str, subject: PreparedSubject, cohort: Cohort) -> Sco
     brain, lesion = np.asarray(subject.brain), np.asarray(subject.lesion)
     usable = subject.lesion_free & (subject.healthy or cohort.training == LESION_FREE)
     box = bounding_box(brain)
-    inside, seen = brain[box], brain.any(axis=(1, 2))
+    inside, seen = brain[box], brain.any(axis=(1, 2)) & subject.outlined
     if cohort.grid == "scan":
         ground = _on_own_grid(subject.own_grid(), subject.affine, box, usable)
     else:
@@ -127,7 +132,8 @@ def tested(run: str, method: str, cohort: Cohort) -> Iterator[Scored]:
 def count(scored: Scored, code: np.ndarray) -> SubjectCounts:
     """Counts inside the brain of a map's codes."""
     counts = metrics.count(code[scored.ground.brain], *scored.ground.kinds)
-    return SubjectCounts(scored.subject.id, scored.subject.healthy, *counts, scored.slice_scores, scored.slice_labels)
+    slices, subject = (scored.slice_scores, scored.slice_labels), scored.subject
+    return SubjectCounts(subject.id, subject.healthy, *counts, *slices, subject.outlined)
 
 
 def freeze(run: str, method: str, cohort: Cohort, steps: Sequence[str]) -> dict[str, Frozen]:
@@ -157,7 +163,8 @@ def judge(scored: Scored, frozen: dict[str, Frozen]) -> dict[str, Judged]:
             **_detected(ground, mask), "lesion_lost": int((masks["none"] & ~mask & ground.lesion).sum()),
             "lesions_found": int(hits), "lesions_found_strictly": int(strict), "false_positives": int(false),
         }  # fmt: skip
-        judged[step] = Judged(counts[step], record, curve)
+        unknown = () if scored.subject.outlined else OF_LESIONS
+        judged[step] = Judged(counts[step], record | dict.fromkeys(unknown, np.nan), curve)
     return judged
 
 

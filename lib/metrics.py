@@ -24,7 +24,8 @@ FROC_POINTS = (0.25, 0.5, 1, 2, 4, 8)  # false positives per volume
 @dataclass(frozen=True)
 class SubjectCounts:
     """One subject under one method: voxel counts, int32 [lesion, other, healthy material; code], of the codes that
-    occur, uint16 [code], and scores and labels of its slices."""
+    occur, uint16 [code], and scores and labels of its slices. Where lesions are not `outlined`, all are among the other
+    voxels, and there are no slices."""
 
     id: str
     healthy: bool
@@ -32,6 +33,7 @@ class SubjectCounts:
     counts: np.ndarray
     slice_scores: np.ndarray
     slice_labels: np.ndarray
+    outlined: bool = True
 
     @property
     def lesion(self) -> np.ndarray:

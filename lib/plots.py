@@ -78,7 +78,7 @@ def cases(
         number = most_lesion(subject)
         truth = np.asarray(subject.lesion[number])
         row[0].imshow(subject.image[0, number].astype(np.float32), cmap="gray", vmin=0, vmax=1.2)
-        row[0].set_title(f"{title}\nslice {number}, truth outlined")
+        row[0].set_title(f"{title}\nslice {number}{', truth outlined' if truth.any() else ''}")
         outline(row[0], truth)
         for axis, name in zip(row[1:], names, strict=True):
             one = of[name][number].astype(np.float32)

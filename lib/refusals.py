@@ -89,7 +89,6 @@ REFUSALS: dict[str, tuple[str, str]] = {
         "{subject}: {litres:.2f} litres are {above}, and a brain has {least} to {most}.",
         "Give brain-extracted scans with {outside} outside the brain.",
     ),
-    "E07": ("{subject} is a patient without a lesion mask.", "Add its mask, or leave it out."),
     "E08": ("{path} holds no labels but {count} values.", "Give a mask of whole numbers, above 0 in the lesion."),
     "E09": (
         "{path} has labels below 0, down to {least:g}.",

@@ -125,7 +125,8 @@ def plan(course: Course, settings: dict, stored: dict, folder: Path) -> dict:
         fresh |= {"parameters": values[name], "source": source, "error": None}
         old = before.get(name, {})
         same = old.get("status") == "done" and all(old[key] == fresh[key] for key in ("parameters", "source"))
-        upstream = all(entries.get(need, fresh)["status"] == "done" for need in notebook.needs)
+        before_it = [*notebook.needs, *(one for one in notebook.after if one in entries)]
+        upstream = all(entries.get(one, fresh)["status"] == "done" for one in before_it)
         finished = same and upstream and not lacking(folder, notebook.makes)
         if name in chosen or old:
             entries[name] = old if finished else fresh

@@ -36,12 +36,14 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Notebook:
-    """A notebook of the course: what it needs made before it, and what it promises to make in the run's folder."""
+    """A notebook of the course: what it needs made before it, what it comes after where that runs too, and what it
+    promises to make in the run's folder."""
 
     name: str
     path: Path
     title: str
     needs: tuple[str, ...]
+    after: tuple[str, ...]
     makes: tuple[str, ...]
     parameters: dict[str, Parameter]
 
@@ -63,8 +65,8 @@ class Course:
         notebooks = {}
         for name, entry in table["notebooks"].items():
             path = folder / f"{name}.ipynb"
-            needs, makes = tuple(entry.get("needs", ())), tuple(entry.get("makes", ()))
-            notebooks[name] = Notebook(name, path, entry["title"], needs, makes, read_parameters(path))
+            lists = (tuple(entry.get(key, ())) for key in ("needs", "after", "makes"))
+            notebooks[name] = Notebook(name, path, entry["title"], *lists, read_parameters(path))
         return cls(notebooks, table.get("profiles", {}))
 
     def find(self, text: str) -> str:

@@ -29,9 +29,12 @@ def against(found: Mapping[str, Mapping[str, float]], baseline: str, seed: int =
     """A row a method: mean over patients with its 95 % interval, and the paired difference to a baseline with its own.
 
     `found`: a figure by method and patient. Columns ap, ap_low, ap_high, difference, difference_low, difference_high,
-    n; the highest mean first.
+    n; the highest mean first. All NaN where no patient has a figure.
     """
     table = pd.DataFrame(found).dropna()
+    if table.empty:
+        columns = [f"{name}{end}" for name in ("ap", "difference") for end in ENDS]
+        return pd.DataFrame(np.nan, list(found), columns).assign(n=0)
     weights = metrics.resampled(len(table), seed)
     rows = {}
     for name in table:

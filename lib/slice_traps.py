@@ -4,6 +4,7 @@ Every function returns a table to print and to draw; None where the cohort lacks
 """
 
 from functools import partial
+from operator import attrgetter
 
 import numpy as np
 import pandas as pd
@@ -41,7 +42,7 @@ def slice_table(run: str, prepared: Cohort, method: str = "ae") -> pd.DataFrame:
     `area` (pixels), and scores: `centrality`, `mean_image` (the map is 0 outside the brain), `mean_brain`,
     `slice_score`."""
     tables = []
-    for subject in prepared.split("test"):
+    for subject in filter(attrgetter("outlined"), prepared.split("test")):
         anomaly_map, slice_score = scoring.read_map(run, method, subject, prepared)
         table = _places(subject, subject.brain.any(axis=(1, 2)))
         total = anomaly_map.sum(axis=(1, 2), dtype=np.float64)[table.slice]
@@ -122,7 +123,7 @@ def lesion_free_slices(prepared: Cohort, *, seed: int = 0) -> pd.DataFrame | Non
     AUROC over pairs of like level and area. Well over ½, it says that lesion-free slices of patients are no healthy
     slices (mass effect, age, scanner). None with fewer than 4 subjects of either kind.
     """
-    table = pd.concat([_described(s, s.lesion_free) for s in prepared.subjects], ignore_index=True)
+    table = pd.concat([_described(s, s.lesion_free) for s in prepared.subjects if s.outlined], ignore_index=True)
     if table.groupby("subject").patient.first().value_counts().reindex([True, False]).fillna(0).min() < domain.LEAST:
         return None
     ill, well = table[table.patient], table[~table.patient]

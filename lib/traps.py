@@ -5,6 +5,7 @@ with a lesion in test, figures are NaN.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 import pandas as pd
@@ -143,7 +144,7 @@ def _patients(prepared: Cohort) -> list[PreparedSubject]:
 
 def _images(run: str, prepared: Cohort, method: str):
     """Maps of the test slices with enough brain, each with whether it holds lesion."""
-    for subject in prepared.split("test"):
+    for subject in filter(attrgetter("outlined"), prepared.split("test")):
         anomaly_map, _ = scoring.read_map(run, method, subject, prepared)
         for number in np.flatnonzero(subject.brain.mean(axis=(1, 2)) >= LEAST_BRAIN):
             yield anomaly_map[number], bool(subject.lesion[number].any())

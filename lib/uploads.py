@@ -6,7 +6,6 @@ No name that comes with a file is ever a name on the disk, so that none can lead
 import contextlib
 import gzip
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from lib import archives
 from lib.errors import CourseError
 
 LIMIT = 200 * 2**20  # bytes of one file as it is sent
@@ -31,8 +31,6 @@ ACCEPTED = ".nii,.nii.gz,.gz,.zip,.dcm,.png,.jpg,.jpeg"
 KINDS = "Send a NIfTI file (.nii, .nii.gz), the DICOM files of one series in a zip archive, or a PNG or JPEG picture."
 ZIP_AGAIN = "Put the DICOM files of one series into a new, plain zip archive."
 AGAIN = "Send it again; if that does not help, copy it anew from where it comes from."
-UNSAFE = re.compile(r"^[/\\]|^[a-z]:|(^|[/\\])\.\.([/\\]|$)|[\0-\x1f]", re.IGNORECASE)
-DEVICE = re.compile(r"(^|[/\\])(con|prn|aux|nul|com\d|lpt\d)(\.[^/\\]*)?([/\\]|$)", re.IGNORECASE)
 ENTRY = b"PK\x01\x02"  # begins what a zip archive's directory says of a file
 ENCRYPTED = 0x1  # flag of a file in an archive
 HEAD = 600  # bytes that tell every kind
@@ -200,7 +198,7 @@ def _pieces(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> Iter
     with archive.open(entry) as file:
         head = file.read(HEAD)
         if head.startswith(ARCHIVES) or head[257:262] == b"ustar":
-            raise CourseError(f"{name} holds another archive: {_plain(entry)}.", ZIP_AGAIN)
+            raise CourseError(f"{name} holds another archive: {archives.shown(entry.orig_filename)}.", ZIP_AGAIN)
         if _is_dicom(head) and Path(entry.filename).name.upper() != "DICOMDIR":
             yield head
             yield from iter(partial(file.read, PIECE), b"")
@@ -208,19 +206,12 @@ def _pieces(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> Iter
 
 def _check_entry(entry: zipfile.ZipInfo, name: str) -> None:
     """No way out of the folder, no link or device, no encryption, no rare compression."""
-    if UNSAFE.search(entry.orig_filename) or DEVICE.search(entry.orig_filename):
-        raise CourseError(f"{name} holds a path that is not safe: {_plain(entry)}.", ZIP_AGAIN)
-    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG):
-        raise CourseError(f"{name} holds a link or a device: {_plain(entry)}.", ZIP_AGAIN)
+    plain = stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG)
+    archives.check_member(name, entry.orig_filename, plain, ZIP_AGAIN)
     if entry.flag_bits & ENCRYPTED:
         raise CourseError(f"{name} is encrypted.", ZIP_AGAIN)
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise CourseError(f"{name} is compressed in a way that is not read here.", ZIP_AGAIN)
-
-
-def _plain(entry: zipfile.ZipInfo) -> str:
-    """A name from an archive as it may be shown."""
-    return ascii(entry.orig_filename[:80])
 
 
 def _check_picture(sent: Path, name: str, kind: str) -> None:

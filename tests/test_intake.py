@@ -79,11 +79,6 @@ def participants(*rows):
     return write
 
 
-def patient_without_mask(folder):
-    mask(folder).unlink()
-    participants("p1\t0")(folder)
-
-
 BAD_SUBJECTS = {
     "truncated": lambda p: cut(scan(p)),
     "bit-flipped": lambda p: flip(scan(p)),
@@ -107,7 +102,6 @@ BAD_SUBJECTS = {
     "a mask outside the brain": lambda p: changed(mask(p), lambda v: np.arange(v.size).reshape(v.shape) < 90),
     "a mask with NaN": lambda p: changed(mask(p), with_voxel(np.nan)),
     "a truncated mask": lambda p: cut(mask(p)),
-    "a patient without a mask": patient_without_mask,
     "a healthy subject with a lesion": participants("p1\t1"),
 }
 
