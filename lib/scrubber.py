@@ -34,6 +34,8 @@ INTENSITIES = {  # ends and unit of the grey scale by normalisation
     "max": (0, 1, "intensity ÷ maximum"),
     "zscore": (-3, 3, "standard deviations of intensity from its mean"),
     "slice_range": (0, 1, "shares of the slice's range of intensity"),
+    "nyul": (0, 1.2, "intensity on the training scans' scale"),
+    "matched": (0, 1.2, "intensity on the training scans' scale"),
 }
 COLUMNS = 12  # tiles in a row of a sprite
 BLOCK = 8  # pixels, to multiples of which tiles are filled up
