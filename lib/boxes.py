@@ -11,8 +11,9 @@ from lib.components import bounding_box
 
 def sample(voxels: np.ndarray, step: np.ndarray, start: np.ndarray, shape: tuple[int, ...], beyond="constant"):
     """Linear interpolation of [i, j, k] at `start` + `step` × index, after the smoothing that coarser steps ask for;
-    `beyond` the voxels is 0 ("constant") or what is "nearest"."""
-    smooth = ndimage.gaussian_filter(voxels, np.maximum(0, (np.asarray(step) - 1) / 2))
+    `step`: [3], or [3, 3] for a grid that is turned; `beyond` the voxels is 0 ("constant") or what is "nearest"."""
+    coarser = np.asarray(step) if np.ndim(step) == 1 else np.linalg.norm(step, axis=1)
+    smooth = ndimage.gaussian_filter(voxels, np.maximum(0, (coarser - 1) / 2))
     return ndimage.affine_transform(smooth, step, start, shape, order=1, mode=beyond)
 
 

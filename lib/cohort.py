@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ import scipy
 from joblib import Parallel, delayed
 from scipy import ndimage
 
-from lib import ROOT, dicom, privacy, run_folder, volumes
+from lib import ROOT, dicom, intensities, privacy, registration, run_folder, volumes
 from lib.datasets import Subject, hidden_names, read_scan
 from lib.errors import CourseError, check_choice
 from lib.intake import BRAIN_LITRES, LESION_FREE, Gathered, content, examine_scan, is_healthy, is_outlined
@@ -36,33 +36,46 @@ OPEN_ARRAYS = 300  # each mapped array holds a file open, and a process may have
 def prepare_cohort(gathered: Gathered, recipe: Recipe) -> Path:
     """Write the cohort, a subject at a time, to `data/prepared/<hash>`; what is there already is not made again.
 
-    Needs the memory of one subject a core, however many there are. Returns the cohort's folder.
+    A standard of intensities is learnt first, from the healthy material of training alone. Needs the memory of one
+    subject a core, however many there are. Returns the cohort's folder.
     """
     identity = _identity(gathered, recipe)
     folder = ROOT / "data" / "prepared" / identity
     waiting = [s for s in gathered.subjects if not (folder / s.id / "facts.json").exists()]
     if waiting or not (folder / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        jobs = (delayed(_prepare_subject)(s, recipe, folder, gathered.facts[s.id]["identity"]) for s in waiting)
+        standard = _standard(gathered, recipe, folder)
+        jobs = (
+            delayed(_prepare_subject)(s, recipe, folder, gathered.facts[s.id]["identity"], standard) for s in waiting
+        )
         for _ in bar(
             _parallel(jobs, len(waiting)), "preparing", total=len(waiting), unit="subject", disable=not waiting
         ):
             pass
-        manifest = json.dumps(_manifest(identity, gathered, recipe, folder), indent=1)
+        manifest = json.dumps(_manifest(identity, gathered, recipe, folder) | {"standard": standard}, indent=1)
         volumes.write_bytes(folder / "manifest.json", manifest.encode())
     return folder
 
 
 def prepare_scan(
-    scans: Mapping[str, Path], recipe: Recipe, brain: Path | None = None, keep: Path | None = None
+    scans: Mapping[str, Path],
+    recipe: Recipe,
+    brain: Path | None = None,
+    standard: Mapping[str, Sequence[float]] | None = None,
+    keep: Path | None = None,
 ) -> "PreparedSubject":
     """Prepare one person's brain-extracted scans outside any cohort, without a lesion mask, named after the first file.
 
     `scans`: a file for each of the recipe's modalities that there is; `brain`: a mask on their grid, above 0 in the
-    brain, for scans that show more; `keep`: the folder it is kept in, else `data/prepared/scans`. Its facts have
-    `scan_shape` and `scan_affine`, the grid of the first file, `missing`, `notes` of reading and `unoriented` files.
-    Raises CourseError that lists what the examination finds wrong with the files.
+    brain, for scans that show more; `standard`: of intensities, as a cohort's manifest has it where the recipe's
+    normalisation is learnt; `keep`: the folder it is kept in, else `data/prepared/scans`. Its facts have `scan_shape`
+    and `scan_affine`, the grid of the first file, `missing`, `notes` of reading and `unoriented` files. Raises
+    CourseError that lists what the examination finds wrong with the files.
     """
+    unknown = [m for m in scans if m not in (standard or {})] if recipe.normalisation in intensities.STANDARDS else []
+    if unknown:
+        what = f"Intensities by {recipe.normalisation} need a standard, and {' and '.join(unknown)} has none."
+        raise CourseError(what, "Give a scan of the modality that the run's training scans taught.")
     subject = _alone({m: Path(scans[m]) for m in recipe.modalities if m in scans})
     read = {m: read_scan(path) for m, path in subject.scans.items()}
     grid, name = next(iter(read.values())), subject.id
@@ -72,12 +85,15 @@ def prepare_scan(
         raise _refusal(name, record, brain)
     if grid.voxels.shape[2] == 1 and nibabel.io_orientation(grid.affine)[2, 0] != 2:
         raise CourseError(f"{name} is a single slice that is not axial.", "Give an axial slice, or the whole series.")
-    content = json.dumps([FORMAT, asdict(recipe), name, list(read), record["identity"]], sort_keys=True)
+    if grid.voxels.shape[2] == 1 and recipe.register:
+        what = f"{name} is a single slice, and this recipe lays whole brains over a template."
+        raise CourseError(what, "Give the whole series, or a run without register.")
+    content = json.dumps([FORMAT, asdict(recipe), name, list(read), record["identity"], standard], sort_keys=True)
     folder = (keep or ROOT / "data" / "prepared" / "scans") / hashlib.sha256(content.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / name / "facts.json").exists():
         thick = {m: between_empty(v) if v.voxels.shape[2] == 1 else v for m, v in ready.items()}
-        _write_subject(prepare(thick, None, recipe), folder / name)
+        _write_subject(prepare(thick, None, recipe, standard), folder / name)
     facts = json.loads((folder / name / "facts.json").read_bytes())
     about = {"id": name, "split": "", "healthy": False, "modality": "+".join(recipe.modalities)}
     about |= {"acquisition": record["acquisition"], "missing": [m for m in recipe.modalities if m not in scans]}
@@ -92,10 +108,16 @@ def announce(run: str, folder: Path, gathered: Gathered) -> None:
         "path": folder.relative_to(ROOT).as_posix(),
         "hash": folder.name,
         "training": gathered.training,
-        "notes": gathered.notes,
+        "notes": [*gathered.notes, *registration_notes(open_cohort(folder))],
         "left_out": gathered.left_out,
     }
     volumes.write_bytes(run_folder(run) / "cohort.json", json.dumps(said, indent=1).encode())
+
+
+def registration_notes(prepared: "Cohort") -> list[str]:
+    """Whose registration is doubtful, in words, a line each."""
+    doubts = {s.id: s.registration_doubt for s in prepared.subjects}
+    return [f"{name}: {why}; look at its slices." for name, why in doubts.items() if why]
 
 
 def of_run(run: str, grid: str = "prepared") -> "Cohort":
@@ -176,7 +198,23 @@ class PreparedSubject:
     def own_grid(self) -> OwnGrid:
         """Brain and lesion as the scan itself has them, before any resampling."""
         with np.load(self.folder / "own_grid.npz", allow_pickle=False) as file:
-            return OwnGrid(file["brain"], file["lesion"], file["affine"])
+            return OwnGrid(**file)
+
+    @property
+    def to_template(self) -> np.ndarray:
+        """From mm of the scan to mm of the prepared grid, [4, 4]."""
+        return np.array(self.facts.get("to_template") or np.eye(4))
+
+    @property
+    def voxel_mm3(self) -> float:
+        """Volume of a prepared voxel in the scan's own mm³, whatever an affine registration made of it."""
+        return float(abs(np.linalg.det(self.affine[:3, :3]) / np.linalg.det(self.to_template[:3, :3])))
+
+    @property
+    def registration_doubt(self) -> str:
+        """What makes its registration doubtful, in words; "" where nothing does or there was none."""
+        dice = self.facts.get("template_dice")
+        return "" if dice is None else registration.doubt(self.to_template, dice)
 
     @property
     def outlined(self) -> bool:
@@ -187,10 +225,7 @@ class PreparedSubject:
     def lesion_free(self) -> np.ndarray:
         """Slices with brain and at least GUARD slices between them and any lesion voxel, bool [slice]; none where
         lesions are not outlined."""
-        touched = np.zeros(len(self.brain), bool)
-        touched[self.facts["lesion_slices"]] = True
-        near = ndimage.binary_dilation(touched, iterations=GUARD)
-        return self.brain.any(axis=(1, 2)) & ~near & self.outlined
+        return _lesion_free(np.asarray(self.brain), self.facts["lesion_slices"]) & self.outlined
 
 
 @dataclass(frozen=True)
@@ -268,6 +303,12 @@ class Slices:
         }
 
 
+def _lesion_free(brain: np.ndarray, lesion_slices: Sequence[int]) -> np.ndarray:
+    touched = np.zeros(len(brain), bool)
+    touched[list(lesion_slices)] = True
+    return brain.any(axis=(1, 2)) & ~ndimage.binary_dilation(touched, iterations=GUARD)
+
+
 @lru_cache(maxsize=OPEN_ARRAYS)
 def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
@@ -296,7 +337,43 @@ def _parallel(jobs, count: int) -> Iterator:
     return Parallel(n_jobs=min(os.cpu_count() or 1, max(1, count // 4)), return_as="generator_unordered")(jobs)
 
 
-def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path, identity: str) -> None:
+def _standard(gathered: Gathered, recipe: Recipe, folder: Path) -> dict[str, list[float]]:
+    """What the healthy material of the training split teaches a normalisation, by modality; kept in the folder."""
+    way, path = recipe.normalisation, folder / "standard.json"
+    if way not in intensities.STANDARDS:
+        return {}
+    if not path.exists():
+        members = [s for s in gathered.subjects if gathered.splits[s.id] == "train"]
+        jobs = (
+            delayed(_look)(s, recipe, gathered.facts[s.id]["identity"])
+            for s in members
+            if gathered.training == LESION_FREE or is_healthy(s, gathered.facts[s.id])
+        )
+        looks = [one for _, one in sorted(_parallel(jobs, len(members)), key=lambda pair: pair[0])]
+        known = {m: [one[m] for one in looks if m in one] for m in recipe.modalities}
+        if not all(known.values()):
+            what = f"The training split has no healthy slice of {' and '.join(m for m in known if not known[m])}."
+            raise CourseError(what, f"Give more healthy subjects, other splits, or another normalisation than {way}.")
+        content = {m: intensities.learnt(scans, way) for m, scans in known.items()}
+        volumes.write_bytes(path, json.dumps(content).encode())
+    return json.loads(path.read_bytes())
+
+
+def _look(subject: Subject, recipe: Recipe, identity: str) -> tuple[str, dict[str, np.ndarray]]:
+    """A training subject's name and the percentiles of its healthy slices, by modality."""
+    plain = replace(recipe, normalisation="max", register="", clahe=False, slices="all")
+    there = subject.having(recipe.modalities)
+    prepared = _prepared(subject, replace(plain, modalities=tuple(there)), identity)
+    usable = prepared.brain & _lesion_free(prepared.brain, prepared.lesion_slices)[:, None, None]
+    way, images = recipe.normalisation, dict(zip(there, prepared.image, strict=True))
+    return subject.id, {m: intensities.percentiles(one[usable], way) for m, one in images.items() if usable.any()}
+
+
+def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path, identity: str, standard: Mapping) -> None:
+    _write_subject(_prepared(subject, recipe, identity, standard), folder / subject.id)
+
+
+def _prepared(subject: Subject, recipe: Recipe, identity: str, standard: Mapping | None = None) -> Prepared:
     """`identity`: that of its voxels when they were examined; what has changed since is refused."""
     try:
         scans = {m: read_scan(subject.scans[m]) for m in subject.having(recipe.modalities)}
@@ -305,7 +382,10 @@ def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path, identity: s
         raise refusal("E15", subject=subject.id) from error
     if content([*scans.values(), lesion]) != identity:
         raise refusal("E15", subject=subject.id)
-    _write_subject(prepare(scans, lesion, recipe), folder / subject.id)
+    try:
+        return prepare(scans, lesion, recipe, standard)
+    except CourseError as error:
+        raise CourseError(f"{subject.id}: {error.what}", error.cure) from error
 
 
 def _write_subject(prepared: Prepared, target: Path) -> None:
@@ -317,9 +397,12 @@ def _write_subject(prepared: Prepared, target: Path) -> None:
     np.save(place / "brain.npy", prepared.brain)
     np.save(place / "lesion.npy", prepared.lesion)
     np.savez_compressed(place / "own_grid.npz", **asdict(prepared.own))
-    voxel_ml = abs(np.linalg.det(prepared.affine[:3, :3])) / 1000
+    to_template = prepared.own.to_template
+    voxel_ml = abs(np.linalg.det(prepared.affine[:3, :3]) / np.linalg.det(to_template[:3, :3])) / 1000
     facts = {
         "affine": prepared.affine.tolist(),
+        "to_template": to_template.tolist() if prepared.template_dice is not None else None,
+        "template_dice": prepared.template_dice and round(prepared.template_dice, 4),
         "scales": prepared.scales,
         "shape": prepared.brain.shape,
         "lesion_slices": prepared.lesion_slices,

@@ -201,7 +201,7 @@ def detect(
         detector = _detector(run, method, device)
     with clock("preparation"):
         recipe = Recipe(**prepared.manifest["recipe"] | {"modalities": prepared.modalities})
-        subject = cohort.prepare_scan(placed, recipe, brain, keep)
+        subject = cohort.prepare_scan(placed, recipe, brain, prepared.manifest.get("standard"), keep)
     with clock("map"):
         anomaly = detector.maps(subject).astype(np.float16).astype(np.float32)
     with clock("threshold"):
@@ -373,6 +373,8 @@ def _reading(subject: PreparedSubject) -> Iterator[str]:
     yield from dict.fromkeys(note for notes in subject.facts["notes"].values() for note in notes)
     if subject.facts["unoriented"]:
         yield "The header does not say where the axes point; they are taken as right, anterior, superior."
+    if subject.registration_doubt:
+        yield f"Registration is doubtful: {subject.registration_doubt}."
     yield from (f"There is no {m}; its channel is 0." for m in subject.facts["missing"])
 
 

@@ -83,7 +83,7 @@ def size(subject: PreparedSubject) -> np.ndarray:
     """The brain's litres and the edges of its box in mm, float [4]."""
     brain = np.asarray(subject.brain)
     box = [s.stop - s.start for s in bounding_box(brain)]
-    return np.array([brain.sum() * subject.voxel_mm.prod() / 1e6, *(box * subject.voxel_mm[::-1])])
+    return np.array([brain.sum() * subject.voxel_mm3 / 1e6, *(box * subject.voxel_mm[::-1])])
 
 
 def header(subject: PreparedSubject) -> np.ndarray:

@@ -14,7 +14,8 @@ from lib import ROOT, acquisition, datasets, dicom, privacy, volumes
 from lib.boxes import extent_mm
 from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES, Subject
 from lib.errors import CourseError, check_least
-from lib.preprocessing import CT_WINDOW, brain_mask, canonical, signal
+from lib.intensities import CT_WINDOW
+from lib.preprocessing import brain_mask, canonical, signal
 from lib.progress import bar
 from lib.refusals import words
 from lib.volumes import Volume

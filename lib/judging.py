@@ -44,7 +44,7 @@ FROC_SHARES = np.geomspace(1e-5, 0.1, 16)  # of the healthy validation voxels ab
 @dataclass(frozen=True)
 class Ground:
     """The voxels that are judged: brain, lesion and healthy material, bool [slice, row, column]; the volume of one;
-    `step` and `start`, [3], from their places to those of the map, None where these are the same."""
+    `step`, [3] or [3, 3], and `start`, [3], from their places to those of the map, None where these are the same."""
 
     brain: np.ndarray
     lesion: np.ndarray
@@ -116,7 +116,7 @@ def read(run: str, method: str, subject: PreparedSubject, cohort: Cohort) -> Sco
     if cohort.grid == "scan":
         ground = _on_own_grid(subject.own_grid(), subject.affine, box, usable)
     else:
-        ground = Ground(inside, inside & lesion[box], inside & usable[box[0], None, None], _voxel_mm3(subject.affine))
+        ground = Ground(inside, inside & lesion[box], inside & usable[box[0], None, None], subject.voxel_mm3)
     squares = np.square(anomaly_map, dtype=np.float32).mean(axis=(1, 2))
     labels = lesion.any(axis=(1, 2))
     return Scored(
@@ -188,13 +188,14 @@ def _healthy_counts(scored: Scored, steps: Sequence[str]) -> tuple[dict[str, np.
 def _on_own_grid(own: OwnGrid, affine: np.ndarray, box: tuple[slice, ...], usable: np.ndarray) -> Ground:
     """A scan's own voxels; those count as healthy whose place lies in a prepared slice that does."""
     step, start = own.within(affine)
-    slices = np.clip(np.round(start[0] + step[0] * np.arange(len(own.brain))).astype(int), 0, len(usable) - 1)
-    healthy = own.brain & usable[slices, None, None]
-    return Ground(own.brain, own.lesion, healthy, _voxel_mm3(own.affine), step, start - [s.start for s in box])
+    along = (factor * np.arange(n) for factor, n in zip(_to_slice(step), own.brain.shape, strict=True))
+    slices = np.clip(np.round(start[0] + sum(np.ix_(*along))).astype(int), 0, len(usable) - 1)
+    volume = float(abs(np.linalg.det(own.affine[:3, :3])))
+    return Ground(own.brain, own.lesion, own.brain & usable[slices], volume, step, start - [s.start for s in box])
 
 
-def _voxel_mm3(affine: np.ndarray) -> float:
-    return float(abs(np.linalg.det(affine[:3, :3])))
+def _to_slice(step: np.ndarray) -> np.ndarray:
+    return step[0] if step.ndim == 2 else np.array([step[0], 0, 0])
 
 
 def _resampled(code: np.ndarray, brain: np.ndarray, ground: Ground) -> np.ndarray:

@@ -1,20 +1,21 @@
 """From the scans of one subject to slices that a network can learn from: orientation, resampling, brain, intensity."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import nibabel
 import numpy as np
 from scipy import ndimage
 from skimage.exposure import equalize_adapthist
 
+from lib import registration
 from lib.boxes import extent_mm, sample
 from lib.components import bounding_box
 from lib.errors import CourseError, check_choice, check_least
+from lib.intensities import NORMALISATIONS, STANDARDS, normalised
 from lib.volumes import Volume
 
 HALVINGS = 16
-CT_WINDOW = (0.0, 80.0)  # Hounsfield units; the usual window of the brain, centre 40 and width 80
 AIR_HU = -500
 
 
@@ -23,8 +24,10 @@ class Recipe:
     """How scans are prepared; the cohort's hash contains it.
 
     `pixel_mm`: edge of a pixel within a slice; `slice_mm`: distance of slices, 0 keeps that of the scan;
-    `size`: rows and columns of the square; `normalisation`: a key of NORMALISATIONS; `clahe`: contrast-limited
-    adaptive histogram equalisation of each slice; `slices`: "all", or "largest" for the one slice with most brain.
+    `size`: rows and columns of the square; `normalisation`: a key of NORMALISATIONS or STANDARDS; `clahe`:
+    contrast-limited adaptive histogram equalisation of each slice; `slices`: "all", or "largest" for the one slice with
+    most brain; `bias`: whether the scanner's shading is taken off; `register`: "", or "rigid" or "affine" to the MNI152
+    template, so that prepared slices lie along its axes and at the same height in every brain.
     """
 
     modalities: tuple[str, ...] = ("FLAIR",)
@@ -34,9 +37,12 @@ class Recipe:
     normalisation: str = "p99"
     clahe: bool = False
     slices: str = "all"
+    bias: bool = False
+    register: str = ""
 
     def __post_init__(self):
-        check_choice("normalisation", self.normalisation, NORMALISATIONS)
+        check_choice("normalisation", self.normalisation, (*NORMALISATIONS, *STANDARDS))
+        check_choice("register", self.register, registration.KINDS)
         check_choice("slices", self.slices, ("all", "largest"))
         check_least("pixel_mm", self.pixel_mm, 0.1)
         check_least("slice_mm", self.slice_mm, 0)
@@ -45,23 +51,30 @@ class Recipe:
             raise CourseError(
                 f"size is {self.size}.", f"Give a multiple of {HALVINGS}: networks halve slices four times."
             )
+        if self.bias or self.register:
+            registration.toolkit()
 
 
 @dataclass(frozen=True)
 class OwnGrid:
     """The masks of a scan on its own grid, turned to right, anterior, superior and cut to the box of the brain.
 
-    `brain`, `lesion` bool [slice, row, column]; `affine` [4, 4] from (column, row, slice) to mm in RAS+.
+    `brain`, `lesion` bool [slice, row, column]; `affine` [4, 4] from (column, row, slice) to mm of the scan in RAS+;
+    `to_template` [4, 4] from there to the mm of the prepared grid, which differ where the recipe registers.
     """
 
     brain: np.ndarray
     lesion: np.ndarray
     affine: np.ndarray
+    to_template: np.ndarray = field(default_factory=lambda: np.eye(4))
 
     def within(self, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`step` and `start`, [slice, row, column], from the voxels of this grid to those of a prepared one."""
-        between = np.linalg.inv(affine) @ self.affine
-        return np.diag(between)[2::-1], between[2::-1, 3]
+        """`step`, [3], or [3, 3] where the scan is registered, and `start`, [3], from the voxels of this grid to those
+        of a prepared one, both [slice, row, column]."""
+        between = np.linalg.inv(affine) @ self.to_template @ self.affine
+        if (self.to_template == np.eye(4)).all():
+            return np.diag(between)[2::-1], between[2::-1, 3]
+        return between[2::-1, 2::-1], between[2::-1, 3]
 
     def placed(self, values: np.ndarray, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
         """Values of this grid, [slice, row, column], on the whole scan as its file has it, [i, j, k] of that shape and
@@ -81,7 +94,8 @@ class Prepared:
     """One subject on the prepared grid: axial slices, rows from back to front, columns from left to right.
 
     `image` float32 [modality, slice, row, column], 0 outside the brain; `brain`, `lesion` bool [slice, row, column];
-    `affine` [4, 4] from (column, row, slice) to mm in RAS+; `scales`: what each modality was divided by;
+    `affine` [4, 4] from (column, row, slice) to mm in RAS+, the template's where the recipe registers, and then
+    `template_dice` is the overlap of the brains; `scales`: what each modality was divided by;
     `lesion_slices`: the slices that the scan's own lesion mask touches, also where it is lost on this grid;
     `own`: the masks before any resampling.
     """
@@ -93,26 +107,39 @@ class Prepared:
     scales: tuple[float, ...]
     lesion_slices: tuple[int, ...]
     own: OwnGrid
+    template_dice: float | None = None
 
 
-def prepare(scans: Mapping[str, Volume], lesion: Volume | None, recipe: Recipe) -> Prepared:
-    """Bring one subject's scans onto the prepared grid.
+def prepare(
+    scans: Mapping[str, Volume],
+    lesion: Volume | None,
+    recipe: Recipe,
+    standard: Mapping[str, Sequence[float]] | None = None,
+) -> Prepared:
+    """Bring one subject's scans onto the prepared grid, interpolating once.
 
     `scans`: a volume for each of the recipe's modalities, all on one grid, brain extracted (0 outside; CT: one value
     outside); a modality that is missing is 0 everywhere, and its scale 1. Where the recipe says p99, CT, whose units
-    mean the same on every scanner, is seen through CT_WINDOW instead.
+    mean the same on every scanner, is seen through its window instead. `standard`: by modality what training scans
+    taught, for a normalisation of STANDARDS. The first modality there is registered, and the others go with it.
     Raises CourseError where the brain does not fit the recipe's square.
     """
-    volumes = {m: canonical(scan) for m, scan in scans.items()}
+    volumes = {m: canonical(scans[m]) for m in recipe.modalities if m in scans}
     inside = brain_mask([signal(m, v.voxels) for m, v in volumes.items()])
-    grid = _Grid.around(inside, next(iter(volumes.values())), recipe)
+    if recipe.bias:
+        volumes = {m: v if m == "CT" else registration.bias_corrected(v, inside) for m, v in volumes.items()}
+    first, to_template, dice = next(iter(volumes.values())), np.eye(4), None
+    if recipe.register:
+        to_template = registration.to_template(first, inside, recipe.register)
+        dice = registration.template_dice(first, inside, to_template)
+    grid = _Grid.around(inside, first, recipe, to_template)
     brain = grid.sample_mask(inside)
     own_truth = canonical(lesion).voxels > 0 if lesion else np.zeros_like(inside)
     truth = grid.sample_mask(own_truth) if lesion else np.zeros_like(brain)
     sampled = {m: grid.sample(v.voxels * inside if m == "CT" else v.voxels) for m, v in volumes.items()}
-    normalised = {m: _normalisation(m, recipe)(image, brain) for m, image in sampled.items()}
+    known = {m: normalised(one, brain, m, recipe.normalisation, (standard or {}).get(m)) for m, one in sampled.items()}
     missing = np.zeros(brain.shape, np.float32), 1.0
-    images, scales = zip(*(normalised.get(m, missing) for m in recipe.modalities), strict=True)
+    images, scales = zip(*(known.get(m, missing) for m in recipe.modalities), strict=True)
     image = np.stack(images)
     if recipe.clahe:
         image = np.stack([clahe(one) for one in image])
@@ -124,7 +151,7 @@ def prepare(scans: Mapping[str, Volume], lesion: Volume | None, recipe: Recipe) 
         image, brain, truth = image[:, keep], brain[keep], truth[keep]
     touched = grid.slices_of(own_truth)
     own = grid.own_grid(inside, own_truth)
-    return Prepared(image.astype(np.float32), brain, truth & brain, grid.affine, tuple(scales), touched, own)
+    return Prepared(image.astype(np.float32), brain, truth & brain, grid.affine, tuple(scales), touched, own, dice)
 
 
 def canonical(volume: Volume) -> Volume:
@@ -179,7 +206,7 @@ def resampled(
     values: np.ndarray, brain: np.ndarray, step: np.ndarray, start: np.ndarray, shape: Sequence[int]
 ) -> np.ndarray:
     """Values of a brain at `start` + `step` × index, linearly between its voxels, at its edge from those inside, 0 away
-    from it: float32 of that shape. Arrays [slice, row, column]."""
+    from it: float32 of that shape. Arrays [slice, row, column]; `step` as `OwnGrid.within` gives it."""
     placed = {"matrix": step, "offset": start, "output_shape": tuple(shape), "order": 1, "mode": "constant"}
     total = ndimage.affine_transform(values.astype(np.float32) * brain, **placed)
     weight = ndimage.affine_transform(brain.astype(np.float32), **placed)
@@ -194,52 +221,75 @@ def clahe(image: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Grid:
-    """The prepared grid in a scan's canonical grid: `step` and `start` in that grid's voxels, `shape` of the result."""
+    """The prepared grid in a scan's canonical grid: `step` ([3], of a registered scan [3, 3]) and `start` in that
+    grid's voxels, `shape` of the result; `to_template` from the scan's mm to those of the prepared grid."""
 
     step: np.ndarray
     start: np.ndarray
     shape: tuple[int, int, int]
     scan_affine: np.ndarray
+    to_template: np.ndarray
 
     @classmethod
-    def around(cls, brain: np.ndarray, volume: Volume, recipe: Recipe) -> "_Grid":
-        extent = extent_mm(brain, volume.voxel_mm)
-        side = recipe.size * recipe.pixel_mm
-        if max(extent[:2]) > side:
-            raise CourseError(
-                f"A brain of {max(extent[:2]):.0f} mm does not fit slices of {side:.0f} mm.", "Raise size or pixel_mm."
-            )
+    def around(cls, brain: np.ndarray, volume: Volume, recipe: Recipe, to_template: np.ndarray) -> "_Grid":
         target = np.array([recipe.pixel_mm, recipe.pixel_mm, recipe.slice_mm or volume.voxel_mm[2]])
+        if recipe.register:
+            return cls._along_template(brain, volume.affine, recipe, target, to_template)
+        _check_fits(max(extent_mm(brain, volume.voxel_mm)[:2]), recipe)
         step = target / volume.voxel_mm
         box = bounding_box(brain)
         slices = int(np.ceil((box[2].stop - box[2].start) / step[2] - 1e-6))
         shape = (recipe.size, recipe.size, slices)
         centre = np.array([(s.start + s.stop - 1) / 2 for s in box])
         start = np.round(centre - step * (np.array(shape) - 1) / 2)
-        return cls(step, start, shape, volume.affine)
+        return cls(step, start, shape, volume.affine, to_template)
+
+    @classmethod
+    def _along_template(
+        cls, brain: np.ndarray, scan_affine: np.ndarray, recipe: Recipe, target: np.ndarray, to_template: np.ndarray
+    ) -> "_Grid":
+        """A square about the middle of the template's brain, slices at multiples of their distance."""
+        world = to_template @ scan_affine
+        mm = nibabel.affines.apply_affine(world, np.argwhere(brain & ~ndimage.binary_erosion(brain)))
+        middle = registration.template_middle()[:2]
+        _check_fits(2 * abs(mm[:, :2] - middle).max(), recipe)
+        first, last = np.round(mm[:, 2].min() / target[2]), np.round(mm[:, 2].max() / target[2])
+        corner = [*(middle - target[:2] * (recipe.size - 1) / 2), first * target[2]]
+        place = np.linalg.inv(world) @ nibabel.affines.from_matvec(np.diag(target), corner)
+        shape = (recipe.size, recipe.size, int(last - first) + 1)
+        return cls(place[:3, :3], place[:3, 3], shape, scan_affine, to_template)
+
+    @property
+    def place(self) -> np.ndarray:
+        """From places of this grid to those of the scan, [4, 4]."""
+        return nibabel.affines.from_matvec(np.diag(self.step) if self.step.ndim == 1 else self.step, self.start)
 
     @property
     def affine(self) -> np.ndarray:
-        return self.scan_affine @ nibabel.affines.from_matvec(np.diag(self.step), self.start)
+        return self.to_template @ self.scan_affine @ self.place
+
+    def heights(self, shape: Sequence[int]) -> np.ndarray:
+        """The slice of this grid, between slices too, that each voxel [i, j, k] of the scan lies on."""
+        to_slice = np.linalg.inv(self.place)[2]
+        along = (factor * np.arange(n) for factor, n in zip(to_slice[:3], shape, strict=True))
+        return np.round(sum(np.ix_(*along)) + to_slice[3], 6)
 
     def own_grid(self, brain: np.ndarray, lesion: np.ndarray) -> OwnGrid:
-        """The scan's masks [i, j, k] in those of its slices that this grid covers."""
-        edges = self.start[2] + self.step[2] * (np.array([0, self.shape[2]]) - 0.5)
-        covered = np.zeros_like(brain)
-        first, last = np.clip(np.ceil(edges), 0, None).astype(int)
-        covered[:, :, first:last] = brain[:, :, first:last]
+        """The scan's masks [i, j, k] where this grid covers them."""
+        height = self.heights(brain.shape)
+        covered = brain & (height >= -0.5) & (height < self.shape[2] - 0.5)
         box = bounding_box(covered)
         affine = self.scan_affine @ nibabel.affines.from_matvec(np.eye(3), [s.start for s in box])
         turned = (np.ascontiguousarray(mask[box].transpose(2, 1, 0)) for mask in (covered, lesion & covered))
-        return OwnGrid(*turned, affine)
+        return OwnGrid(*turned, affine, self.to_template)
 
     def only(self, number: int) -> "_Grid":
-        start = self.start + self.step * (0, 0, number)
-        return _Grid(self.step, start, (*self.shape[:2], 1), self.scan_affine)
+        start = nibabel.affines.apply_affine(self.place, (0, 0, number))
+        return replace(self, start=start, shape=(*self.shape[:2], 1))
 
     def slices_of(self, mask: np.ndarray) -> tuple[int, ...]:
-        """The slices of this grid that the slices of a mask lie on or between."""
-        exact = (np.flatnonzero(mask.any(axis=(0, 1))) - self.start[2]) / self.step[2]
+        """The slices of this grid that voxels of a mask [i, j, k] lie on or between."""
+        exact = np.unique(self.heights(mask.shape)[mask])
         near = np.union1d(np.floor(exact), np.ceil(exact)).astype(int)
         return tuple(near[(near >= 0) & (near < self.shape[2])].tolist())
 
@@ -252,35 +302,7 @@ class _Grid:
         return self.sample(mask.astype(np.float32), shift=1e-3) > 0.5
 
 
-def _by_percentile(image: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, float]:
-    scale = max(float(np.percentile(image[brain], 99)), 1e-6)
-    return np.clip(image / scale, 0, 1.5), scale
-
-
-def _by_maximum(image: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, float]:
-    scale = max(float(image[brain].max()), 1e-6)
-    return image / scale, scale
-
-
-def _by_z_score(image: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, float]:
-    scale = max(float(image[brain].std()), 1e-6)
-    return np.clip((image - image[brain].mean()) / scale, -5, 5), scale
-
-
-def _by_slice_range(image: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, float]:
-    image = image * brain
-    low, high = image.min(axis=(1, 2), keepdims=True), image.max(axis=(1, 2), keepdims=True)
-    return (image - low) / np.maximum(high - low, 1e-6), 1.0
-
-
-def _by_window(image: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, float]:
-    low, high = CT_WINDOW
-    return np.clip((image - low) / (high - low), 0, 1), high - low
-
-
-def _normalisation(modality: str, recipe: Recipe) -> Callable:
-    windowed = modality == "CT" and recipe.normalisation == "p99"
-    return _by_window if windowed else NORMALISATIONS[recipe.normalisation]
-
-
-NORMALISATIONS = {"p99": _by_percentile, "max": _by_maximum, "zscore": _by_z_score, "slice_range": _by_slice_range}
+def _check_fits(mm: float, recipe: Recipe) -> None:
+    side = recipe.size * recipe.pixel_mm
+    if mm > side:
+        raise CourseError(f"A brain of {mm:.0f} mm does not fit slices of {side:.0f} mm.", "Raise size or pixel_mm.")

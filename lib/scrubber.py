@@ -36,6 +36,8 @@ INTENSITIES = {  # ends and unit of the grey scale by normalisation
     "max": (0, 1, "intensity ÷ maximum"),
     "zscore": (-3, 3, "standard deviations of intensity from its mean"),
     "slice_range": (0, 1, "shares of the slice's range of intensity"),
+    "nyul": (0, 1.2, "intensity on the training scans' scale"),
+    "matched": (0, 1.2, "intensity on the training scans' scale"),
 }
 COLUMNS = 12  # tiles in a row of a sprite
 MOST_PIXELS = 25_000_000  # of all volumes; where there are more, every second pixel is shown, or every third

@@ -69,4 +69,4 @@ def scan_on_disk(path: str, modality: str, prepared: Cohort) -> PreparedSubject:
     """One brain-extracted NIfTI file prepared by a cohort's recipe; modality "" is read from the file's name."""
     named = parse_modalities(modality or modality_of(Path(path)))[0]
     recipe = Recipe(**(prepared.manifest["recipe"] | {"modalities": (named,)}))
-    return prepare_scan({named: Path(path)}, recipe)
+    return prepare_scan({named: Path(path)}, recipe, standard=prepared.manifest.get("standard"))

@@ -64,7 +64,7 @@ def scan_table(run: str, prepared: Cohort, method: str = "ae") -> pd.DataFrame:
             "patient": not subject.healthy,
             "highest": inside[-max(1, round(HIGHEST * len(inside))):].mean(),
             "mean_image": inside.sum() / anomaly_map.size,
-            "brain_litres": len(inside) * subject.voxel_mm.prod() / 1e6,
+            "brain_litres": len(inside) * subject.voxel_mm3 / 1e6,
         })  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -71,7 +71,7 @@ def scan(volume: Volume) -> Figure:
 
 def millilitres(subject: PreparedSubject, mask: np.ndarray) -> float:
     """Volume of a mask [slice, row, column] in ml."""
-    return float(mask.sum() * subject.voxel_mm.prod() / 1000)
+    return float(mask.sum() * subject.voxel_mm3 / 1000)
 
 
 def surfaces(subject: PreparedSubject, found: np.ndarray) -> Figure:
