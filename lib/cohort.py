@@ -18,11 +18,13 @@ from joblib import Parallel, delayed
 from scipy import ndimage
 
 from lib import ROOT, dicom, privacy, run_folder, volumes
-from lib.datasets import Subject, hidden_names, read_scan
+from lib.conventions import hidden_names
+from lib.datasets import read_lesion, read_scan, read_subject
 from lib.errors import CourseError, check_choice
 from lib.intake import BRAIN_LITRES, LESION_FREE, Gathered, examine_scan, is_healthy
-from lib.preprocessing import OwnGrid, Prepared, Recipe, between_empty, canonical, extracted, prepare
+from lib.preprocessing import OwnGrid, Prepared, Recipe, canonical, extracted, prepare
 from lib.progress import bar
+from lib.subjects import Subject
 from lib.volumes import Volume
 
 FORMAT = 5  # of a subject's folder and all that is kept in it: raise it when one of them comes out differently
@@ -73,8 +75,7 @@ def prepare_scan(scans: Mapping[str, Path], recipe: Recipe, brain: Path | None =
     folder = ROOT / "data" / "prepared" / "scans" / hashlib.sha256(content.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / name / "facts.json").exists():
-        thick = {m: between_empty(v) if v.voxels.shape[2] == 1 else v for m, v in ready.items()}
-        _write_subject(prepare(thick, None, recipe), folder / name)
+        _write_subject(prepare(ready, None, recipe), folder / name)
     facts = json.loads((folder / name / "facts.json").read_bytes())
     about = {"id": name, "split": "", "healthy": False, "modality": "+".join(recipe.modalities)}
     about |= {"acquisition": record["acquisition"], "missing": [m for m in recipe.modalities if m not in scans]}
@@ -288,8 +289,7 @@ def _parallel(jobs, count: int) -> Iterator:
 
 
 def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path) -> None:
-    scans = {m: read_scan(subject.scans[m]) for m in subject.having(recipe.modalities)}
-    lesion = read_scan(subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
+    scans, lesion = read_subject(subject, recipe.modalities), read_lesion(subject)
     _write_subject(prepare(scans, lesion, recipe), folder / subject.id)
 
 

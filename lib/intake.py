@@ -3,35 +3,38 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from joblib import Parallel, delayed
 
-from lib import ROOT, acquisition, datasets, dicom, privacy, volumes
+from lib import ROOT, acquisition, datasets, dicom, pictures, privacy, volumes
 from lib.boxes import extent_mm
-from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES, Subject
+from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES
 from lib.errors import CourseError, check_least
 from lib.preprocessing import CT_WINDOW, brain_mask, canonical, signal
 from lib.progress import bar
+from lib.subjects import Subject
 from lib.volumes import Volume
 
 HEALTHY, LESION_FREE = "healthy subjects", "lesion-free slices of patients"
 EMBEDDED = "embedded cohort (simulated; its figures are not to be compared with the literature)"
 BRAIN_LITRES = (0.3, 3.0)
 LEAST_LEVELS = 16
-EXAMINATION = 4  # raised whenever records change their meaning, so that older ones are forgotten
+EXAMINATION = 5  # raised whenever records change their meaning, so that older ones are forgotten
 MOST_NEGATIVE = 0.001  # share of voxels; interpolation leaves a few
 BONE_HU, MOST_BONE = 300, 0.02  # share of voxels; calcifications and blood are less
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Subjects that can be used, each with its split and what the examination found, and those that were left out."""
+    """Subjects that can be used, each with its split and what the examination found, and those that were left out;
+    `modalities`: those that are looked at."""
 
     subjects: tuple[Subject, ...]
+    modalities: tuple[str, ...]
     facts: dict[str, dict]
     splits: dict[str, str]
     training: str
@@ -44,7 +47,7 @@ def gather(
     *,
     healthy_data: str = "",
     layout: str = "",
-    modalities: str = "FLAIR",
+    modalities: str = "",
     size: int = 96,
     pixel_mm: float = 2.0,
     splits: str = "",
@@ -59,15 +62,15 @@ def gather(
 
     `data`: a folder, or "" for the embedded cohort of `healthy` subjects and `patients` at `voxel_mm`;
     `healthy_data`: one of healthy subjects beside it;
-    `modalities`: names joined by commas; `incomplete`: whether one of them is enough; `size` × `pixel_mm`: the square
-    that a brain must fit.
+    `modalities`: names joined by commas, "" for the one that is usual among the subjects; `incomplete`: whether one of
+    them is enough; `size` × `pixel_mm`: the square that a brain must fit.
     Raises CourseError that lists every problem of every scan, unless `skip_broken`, which leaves those subjects out.
     """
     check_least("seed", seed, 0)
     _check_patients(data, healthy_data)
     folder = Path(data) if data else _embedded(healthy, patients, voxel_mm, seed)
-    wanted = datasets.parse_modalities(modalities)
     dataset = datasets.find_subjects(folder, layout, healthy_data)
+    dataset, wanted = datasets.with_modalities(dataset, modalities or ("" if data else "FLAIR"))
     subjects, lacking = _with_modalities(dataset.subjects, wanted, incomplete)
     facts = examine(subjects, wanted, size * pixel_mm)
     broken = {s: record["problems"] for s, record in facts.items() if record["problems"]}
@@ -86,7 +89,7 @@ def gather(
         *_notes(used, facts, assigned, training, left_out),
         *_missing(used, wanted),
     )
-    return Gathered(used, facts, assigned, training, tuple(left_out), notes)
+    return Gathered(used, wanted, facts, assigned, training, tuple(left_out), notes)
 
 
 def _check_patients(data: str, healthy_data: str) -> None:
@@ -123,8 +126,7 @@ def examine_scan(subject: Subject, scans: Mapping[str, Volume], side_mm: float) 
     """The record of one person's scans that are read already, as `examine` gives it. Of a single slice, the brain may
     be of any volume up to the usual."""
     record = _record()
-    flat = all(scan.voxels.shape[2] == 1 for scan in scans.values())
-    _look(record, subject, scans, None, (0.0, BRAIN_LITRES[1]) if flat else BRAIN_LITRES)
+    _look(record, subject, scans, None)
     return _with_square(_with_duplicates({subject.id: record}), side_mm)[subject.id]
 
 
@@ -138,14 +140,14 @@ def _record() -> dict:
 
 def _examine_subject(subject: Subject, modalities: tuple[str, ...]) -> dict:
     record = _record()
-    scans = {m: _attempt(record, subject.scans[m]) for m in subject.having(modalities)}
-    lesion = _attempt(record, subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
-    _look(record, subject, scans, lesion, BRAIN_LITRES)
+    scans = {m: _attempt(record, datasets.read_modality, subject, m) for m in subject.having(modalities)}
+    lesion = _attempt(record, datasets.read_lesion, subject)
+    _look(record, subject, scans, lesion)
     return record
 
 
-def _look(record: dict, subject: Subject, scans: Mapping[str, Volume | None], lesion: Volume | None, litres) -> None:
-    """Fill a record; `litres`: the least and the most that a brain may have."""
+def _look(record: dict, subject: Subject, scans: Mapping[str, Volume | None], lesion: Volume | None) -> None:
+    """Fill a record. Of single slices, the brain may be of any volume up to the usual."""
     for modality, volume in scans.items():
         if volume:
             record["checksums"][modality] = volumes.checksum(volume.voxels)
@@ -154,7 +156,8 @@ def _look(record: dict, subject: Subject, scans: Mapping[str, Volume | None], le
             _look_at_acquisition(record, modality, subject.scans[modality], volume)
     if not record["problems"]:
         record["identity"] = _content([*scans.values(), lesion])
-        _look_at_brain(record, subject, scans, lesion, litres)
+        flat = all(volume.voxels.shape[2] == 1 for volume in scans.values())
+        _look_at_brain(record, subject, scans, lesion, (0.0, BRAIN_LITRES[1]) if flat else BRAIN_LITRES)
     record["problems"] = [(_told(subject, what), cure) for what, cure in record["problems"]]
 
 
@@ -186,9 +189,9 @@ def _refusal(broken: Mapping[str, list], subjects: int) -> CourseError:
     return CourseError("\n".join([count, *lines]), "Mend them, or leave them out with --skip-broken.")
 
 
-def _attempt(record: dict, path, **options) -> Volume | None:
+def _attempt(record: dict, read: Callable[..., Volume | None], *what) -> Volume | None:
     try:
-        return datasets.read_scan(path, **options)
+        return read(*what)
     except CourseError as error:
         record["problems"].append((error.what, error.cure))
         return None
@@ -202,6 +205,8 @@ def _intensity_problems(path, modality: str, volume: Volume):
             f"{path} has negative intensities, as after a z-score.",
             "Give the scan from before, or shift its brain above 0.",
         )
+    if volume.voxels.shape[2] == 1 and not pictures.on_black(volume):
+        yield f"{path} has a background that is not 0.", "Give a brain-extracted slice on black."
     if len(np.unique(volume.voxels[::2, ::2, ::2])) < LEAST_LEVELS:
         yield f"{path} has fewer than {LEAST_LEVELS} grey levels.", "Give a scan, not a mask or a label map."
 
@@ -305,11 +310,12 @@ class _Memory:
             self.records = {}
 
     def key(self, subject: Subject, modalities: tuple[str, ...]) -> str:
-        scans = [*(subject.scans[m] for m in subject.having(modalities)), subject.lesion_mask]
+        scans = [*(subject.scans[m] for m in subject.having(modalities)), subject.lesion_mask, subject.brain]
         beside = [acquisition.sidecar(subject.scans[m]) for m in subject.having(modalities)]
         files = [f for scan in scans if scan for f in (sorted(scan.iterdir()) if scan.is_dir() else [scan])] + beside
         seen = [(os.path.realpath(f), *((s.st_size, s.st_mtime_ns) if (s := _stat(f)) else ())) for f in files]
-        return hashlib.sha256(json.dumps([EXAMINATION, seen, modalities, subject.healthy]).encode()).hexdigest()
+        asked = [EXAMINATION, seen, modalities, subject.healthy, sorted(subject.channels.items())]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def keep(self) -> None:
         good = {key: record for key, record in self.records.items() if not record["problems"]}

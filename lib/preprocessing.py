@@ -103,11 +103,11 @@ def prepare(scans: Mapping[str, Volume], lesion: Volume | None, recipe: Recipe) 
     mean the same on every scanner, is seen through CT_WINDOW instead.
     Raises CourseError where the brain does not fit the recipe's square.
     """
-    volumes = {m: canonical(scan) for m, scan in scans.items()}
+    volumes = {m: canonical(between_empty(scan)) for m, scan in scans.items()}
     inside = brain_mask([signal(m, v.voxels) for m, v in volumes.items()])
     grid = _Grid.around(inside, next(iter(volumes.values())), recipe)
     brain = grid.sample_mask(inside)
-    own_truth = canonical(lesion).voxels > 0 if lesion else np.zeros_like(inside)
+    own_truth = canonical(between_empty(lesion)).voxels > 0 if lesion else np.zeros_like(inside)
     truth = grid.sample_mask(own_truth) if lesion else np.zeros_like(brain)
     sampled = {m: grid.sample(v.voxels * inside if m == "CT" else v.voxels) for m, v in volumes.items()}
     normalised = {m: _normalisation(m, recipe)(image, brain) for m, image in sampled.items()}
@@ -169,10 +169,13 @@ def extracted(modality: str, scan: Volume, brain: Volume) -> Volume:
     return replace(scan, voxels=np.where(inside.voxels > 0, turned.voxels, np.float32(outside)), affine=turned.affine)
 
 
-def between_empty(slice_alone: Volume) -> Volume:
-    """A single slice [i, j, 1] with an empty one on either side, so that there is something to interpolate with."""
-    affine = slice_alone.affine @ nibabel.affines.from_matvec(np.eye(3), (0, 0, -1))
-    return replace(slice_alone, voxels=np.pad(slice_alone.voxels, ((0, 0), (0, 0), (1, 1))), affine=affine)
+def between_empty(scan: Volume) -> Volume:
+    """A single slice [i, j, 1] with an empty one on either side, so that there is something to interpolate with; a scan
+    of more slices as it is."""
+    if scan.voxels.shape[2] > 1:
+        return scan
+    affine = scan.affine @ nibabel.affines.from_matvec(np.eye(3), (0, 0, -1))
+    return replace(scan, voxels=np.pad(scan.voxels, ((0, 0), (0, 0), (1, 1))), affine=affine)
 
 
 def resampled(

@@ -47,19 +47,21 @@ class Volume:
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
 
 
-def read(path: Path, *, constant_allowed: bool = False) -> Volume:
+def read(path: Path, *, constant_allowed: bool = False, channel: int | None = None) -> Volume:
     """Read a NIfTI file whole, its gzip checksum, header and voxels examined.
 
-    `constant_allowed`: an image of one value is a fault in a scan, not in a lesion mask.
+    `constant_allowed`: an image of one value is a fault in a scan, not in a lesion mask; `channel`: which volume of a
+    4D file, counted from 0.
     Raises CourseError naming the file for any damage: a missing, empty, truncated or altered
     file, more than one volume, a colour or complex image, an affine that is no affine, a voxel
     edge outside 0.1 to 10 mm, NaN or infinite voxels, a constant image.
     """
     path = Path(path)
     image = _parse(path, _read_bytes(path))
-    _check_header(path, image)
+    check_header(path, image, channel)
     try:
-        voxels = np.asarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
+        stored = image.dataobj if channel is None else image.dataobj[..., channel]
+        voxels = np.asarray(stored, dtype=np.float32).reshape(image.shape[:3])
     except (OSError, ValueError, OverflowError, MemoryError) as error:
         raise CourseError(
             f"{path} is truncated: its header promises more voxels than the file holds.", AGAIN
@@ -142,11 +144,14 @@ def _parse(path: Path, content: bytes) -> nibabel.Nifti1Image:
     raise CourseError(f"{path} is not a NIfTI image.", "Convert the scan to NIfTI, or copy it again.")
 
 
-def _check_header(path: Path, image: nibabel.Nifti1Image) -> None:
+def check_header(path: Path, image: nibabel.spatialimages.SpatialImage, channel: int | None = None) -> None:
+    """Raise CourseError naming the file for what is no grey volume with a plausible grid; `channel` as in `read`."""
     shape = image.shape
     if len(shape) < 3 or min(shape[:3]) < 2:
         raise CourseError(f"{path} is no volume: its shape is {shape}.", "Give three-dimensional scans.")
-    if np.prod(shape[3:], dtype=int) != 1:
+    if channel is not None and (len(shape) != 4 or channel >= shape[3]):
+        raise CourseError(f"{path} has no volume {channel + 1}: its shape is {shape}.", "Give the file that has it.")
+    if channel is None and np.prod(shape[3:], dtype=int) != 1:
         raise CourseError(
             f"{path} holds {np.prod(shape[3:], dtype=int)} volumes, not one.", "Split it into a file a modality."
         )
