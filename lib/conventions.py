@@ -129,10 +129,10 @@ def bids_what(match: re.Match) -> str | None:
 
 
 def _first_runs(scans: list[Path]) -> tuple[list[Path], list[str]]:
-    """Scans without later runs of the same, and the names of those."""
+    """Scans without later runs of the same, wherever they lie, and the names of those."""
     first, later = {}, []
     for path in scans:
-        key = path.parent, re.sub(r"_run-\d+", "", path.name)
+        key = re.sub(r"_run-\d+", "", path.name)
         if key in first and "_run-" in path.name:
             later.append(path.name)
         else:

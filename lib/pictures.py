@@ -2,6 +2,8 @@
 is left."""
 
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,10 @@ from lib.volumes import AGAIN, Volume, check_voxels
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 BRAIN_MM = 170.0  # longest edge of an adult's brain in the axial slices that show most of it
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, RuntimeError, TypeError)
+UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, EOFError, MemoryError, RuntimeError, TypeError, LookupError, ArithmeticError),
+    *(AttributeError, struct.error, zlib.error),
+)
 NO_SIZE = (
     f"A picture has no voxel size: its brain is taken to be {BRAIN_MM:.0f} mm long, and nothing in it is measured."
 )
@@ -75,24 +80,24 @@ def read_stack(folder: Path, channel: int) -> Volume:
     Raises CourseError naming the file for one that is damaged, of another size or without that colour, and for numbers
     that are missing between the first and the last or there twice.
     """
-    slices = {path: _colour(path, _decoded(path), channel) for path in _numbered(Path(folder), mask=False)}
+    slices = {path: _colour(path, _decoded(path), channel) for path in _numbered(Path(folder)).values()}
     return _stacked(Path(folder), slices, constant_allowed=False)
 
 
 def read_stack_mask(folder: Path) -> Volume:
     """The masks of the slices of a folder, X_1_mask.tif, …, as `read_stack`; a slice without one is refused."""
-    slices, masks = (_numbered(Path(folder), mask=mask) for mask in (False, True))
-    of = {_SLICE.fullmatch(path.name)["number"] for path in masks}
-    lacking = [path for path in slices if _SLICE.fullmatch(path.name)["number"] not in of]
-    if lacking:
-        raise CourseError(f"{lacking[0]} has no mask.", "Add it, black where there is no lesion.")
-    return _stacked(Path(folder), {path: _grey(path, _decoded(path)) for path in masks}, constant_allowed=True)
+    slices, masks = _numbered(Path(folder)), _by_number(Path(folder), mask=True)
+    for number, path in slices.items():
+        if number not in masks:
+            raise CourseError(f"{path} has no mask.", "Add it, black where there is no lesion.")
+    images = {masks[number]: _grey(masks[number], _decoded(masks[number])) for number in slices}
+    return _stacked(Path(folder), images, constant_allowed=True)
 
 
 def repeated_colours(folder: Path, of: int) -> tuple[int, ...]:
     """The colours of a stack that are copies of another, by its middle slice; () where that cannot be read."""
     try:
-        slices = _numbered(Path(folder), mask=False)
+        slices = list(_numbered(Path(folder)).values())
         pixels = _decoded(slices[len(slices) // 2])
     except CourseError:
         return ()
@@ -101,8 +106,18 @@ def repeated_colours(folder: Path, of: int) -> tuple[int, ...]:
     return tuple(i for i in range(pixels.shape[2]) if i != of and (pixels[..., i] == pixels[..., of]).all())
 
 
-def _numbered(folder: Path, mask: bool) -> list[Path]:
-    """The slices of a folder, or their masks, by number."""
+def _numbered(folder: Path) -> dict[int, Path]:
+    """The slices of a folder by number, in their order, none missing."""
+    found = _by_number(folder, mask=False)
+    if not found:
+        raise CourseError(f"{folder} holds no slices.", "Give the folder of X_1.tif, X_2.tif, ….")
+    missing = sorted(set(range(min(found), max(found))) - found.keys())
+    if missing:
+        raise CourseError(f"{folder} lacks slice {missing[0]} of {min(found)} to {max(found)}.", AGAIN)
+    return {number: found[number] for number in sorted(found)}
+
+
+def _by_number(folder: Path, mask: bool) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         match = _SLICE.fullmatch(path.name)
@@ -112,11 +127,7 @@ def _numbered(folder: Path, mask: bool) -> list[Path]:
         if number in found:
             raise CourseError(f"{found[number]} and {path.name} both claim to be slice {number}.", "Keep one of them.")
         found[number] = path
-    missing = sorted(set(range(min(found, default=0), max(found, default=0))) - found.keys())
-    if not found or missing:
-        what = f"{folder} lacks slice {missing[0]}" if missing else f"{folder} holds no slices"
-        raise CourseError(f"{what} of its {'masks' if mask else 'pictures'}.", AGAIN)
-    return [found[number] for number in sorted(found)]
+    return found
 
 
 def _colour(path: Path, pixels: np.ndarray, channel: int) -> np.ndarray:
