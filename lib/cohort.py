@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -84,13 +84,14 @@ def prepare_scan(scans: Mapping[str, Path], recipe: Recipe, brain: Path | None =
     return PreparedSubject.load(folder / name, about | facts)
 
 
-def announce(run: str, folder: Path, gathered: Gathered) -> None:
-    """Tell the later notebooks of a run which cohort is theirs."""
+def announce(run: str, folder: Path, gathered: Gathered, warnings: Sequence[str] = ()) -> None:
+    """Tell the later notebooks of a run which cohort is theirs; its report puts `warnings` first."""
     said = {
         "path": folder.relative_to(ROOT).as_posix(),
         "hash": folder.name,
         "training": gathered.training,
         "notes": gathered.notes,
+        "warnings": list(warnings),
         "left_out": gathered.left_out,
     }
     volumes.write_bytes(run_folder(run) / "cohort.json", json.dumps(said, indent=1).encode())
