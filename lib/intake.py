@@ -75,7 +75,7 @@ def gather(
     facts = examine(subjects, wanted, size * pixel_mm)
     broken = {s: record["problems"] for s, record in facts.items() if record["problems"]}
     if broken and not skip_broken:
-        raise _refusal(broken, len(subjects))
+        raise _refusal(broken, len(subjects), dataset.notes[0])
     useful, unknown = _known([s for s in subjects if s.id not in broken])
     left_out = [*lacking, *_left_out_broken(broken), *unknown]
     stated = datasets.read_splits(Path(splits), {s.id for s in dataset.subjects}, dataset.called) if splits else {}
@@ -183,10 +183,10 @@ def _content(found: list[Volume | None]) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
 
 
-def _refusal(broken: Mapping[str, list], subjects: int) -> CourseError:
+def _refusal(broken: Mapping[str, list], subjects: int, understood: str) -> CourseError:
     lines = [f"  {what} {cure}" for problems in broken.values() for what, cure in problems]
     count = f"{len(broken)} of {subjects} subjects cannot be used:"
-    return CourseError("\n".join([count, *lines]), "Mend them, or leave them out with --skip-broken.")
+    return CourseError("\n".join([understood, count, *lines]), "Mend them, or leave them out with --skip-broken.")
 
 
 def _attempt(record: dict, read: Callable[..., Volume | None], *what) -> Volume | None:
