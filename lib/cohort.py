@@ -18,12 +18,14 @@ from joblib import Parallel, delayed
 from scipy import ndimage
 
 from lib import ROOT, dicom, intensities, privacy, registration, run_folder, volumes
-from lib.datasets import Subject, hidden_names, read_scan
+from lib.conventions import hidden_names
+from lib.datasets import read_lesion, read_scan, read_subject
 from lib.errors import CourseError, check_choice
 from lib.intake import BRAIN_LITRES, LESION_FREE, Gathered, content, examine_scan, is_healthy, is_outlined
-from lib.preprocessing import OwnGrid, Prepared, Recipe, between_empty, canonical, extracted, prepare
+from lib.preprocessing import OwnGrid, Prepared, Recipe, canonical, extracted, prepare
 from lib.progress import bar
 from lib.refusals import refusal
+from lib.subjects import Subject
 from lib.volumes import Volume
 
 FORMAT = 5  # of a subject's folder and all that is kept in it: raise it when one of them comes out differently
@@ -92,8 +94,7 @@ def prepare_scan(
     folder = (keep or ROOT / "data" / "prepared" / "scans") / hashlib.sha256(content.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / name / "facts.json").exists():
-        thick = {m: between_empty(v) if v.voxels.shape[2] == 1 else v for m, v in ready.items()}
-        _write_subject(prepare(thick, None, recipe, standard), folder / name)
+        _write_subject(prepare(ready, None, recipe, standard), folder / name)
     facts = json.loads((folder / name / "facts.json").read_bytes())
     about = {"id": name, "split": "", "healthy": False, "modality": "+".join(recipe.modalities)}
     about |= {"acquisition": record["acquisition"], "missing": [m for m in recipe.modalities if m not in scans]}
@@ -102,13 +103,14 @@ def prepare_scan(
     return PreparedSubject.load(folder / name, about | facts)
 
 
-def announce(run: str, folder: Path, gathered: Gathered) -> None:
-    """Tell the later notebooks of a run which cohort is theirs."""
+def announce(run: str, folder: Path, gathered: Gathered, warnings: Sequence[str] = ()) -> None:
+    """Tell the later notebooks of a run which cohort is theirs; its report puts `warnings` first."""
     said = {
         "path": folder.relative_to(ROOT).as_posix(),
         "hash": folder.name,
         "training": gathered.training,
         "notes": [*gathered.notes, *registration_notes(open_cohort(folder))],
+        "warnings": list(warnings),
         "left_out": gathered.left_out,
     }
     volumes.write_bytes(run_folder(run) / "cohort.json", json.dumps(said, indent=1).encode())
@@ -376,8 +378,7 @@ def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path, identity: s
 def _prepared(subject: Subject, recipe: Recipe, identity: str, standard: Mapping | None = None) -> Prepared:
     """`identity`: that of its voxels when they were examined; what has changed since is refused."""
     try:
-        scans = {m: read_scan(subject.scans[m]) for m in subject.having(recipe.modalities)}
-        lesion = read_scan(subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
+        scans, lesion = read_subject(subject, recipe.modalities), read_lesion(subject)
     except CourseError as error:
         raise refusal("E15", subject=subject.id) from error
     if content([*scans.values(), lesion]) != identity:

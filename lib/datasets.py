@@ -1,23 +1,22 @@
 """Where scans come from: folders, their layouts, and who belongs to train, validation and test."""
 
 import csv
-import os
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 
 from lib import acquisition as acquired
-from lib import dicom, pictures, privacy, volumes
+from lib import conventions, dicom, formats, layouts, pictures, privacy, volumes
 from lib.errors import CourseError
-from lib.refusals import refusal
-from lib.volumes import SUFFIXES, Volume
+from lib.layouts import LAYOUTS
+from lib.subjects import MODALITIES, UNNAMED, Subject, files_below, kinds_of, some
+from lib.volumes import Volume
 
+HEALTHY_FOLDER = "healthy"  # the origin of subjects that come from a folder of healthy ones beside another
 SPLITS = ("train", "validation", "test")
 HEALTHY_SHARES = (0.6, 0.2, 0.2)
 PATIENT_SHARES = (0.5, 0.2, 0.3)
@@ -26,60 +25,14 @@ GAP = (
     "Healthy subjects and patients come from different folders: whatever tells the folders apart, as scanner and "
     "preparation do, tells them apart as well."
 )
-MODALITIES = ("T1", "T1ce", "T2", "FLAIR", "PD", "CT")
-_BRATS_ENDINGS = {
-    "flair": "FLAIR",
-    "t2f": "FLAIR",
-    "t1": "T1",
-    "t1n": "T1",
-    "t1ce": "T1ce",
-    "t1c": "T1ce",
-    "t1gd": "T1ce",
-    "t2": "T2",
-    "t2w": "T2",
-    "seg": "lesion",
-    "segm": "lesion",
-    "ct": "CT",
-}
-_BRATS_NAME = re.compile(rf".*[_-]({'|'.join(_BRATS_ENDINGS)})\.nii(\.gz)?", re.IGNORECASE)
-_BIDS_ENDINGS = {"FLAIR": "FLAIR", "T1w": "T1", "T2w": "T2", "PDw": "PD"}
-_BIDS_NAME = re.compile(
-    r"(?P<subject>sub-[a-zA-Z0-9]+)(?P<session>_ses-[a-zA-Z0-9]+)?(?P<entities>(?:_[a-z]+-[a-zA-Z0-9]+)*)"
-    rf"_(?:(?P<scan>{'|'.join(_BIDS_ENDINGS)})|\w*(?:mask|roi))\.nii(\.gz)?"
-)
-_DICOM_FOLDERS = {name.lower(): name for name in MODALITIES} | {"t1w": "T1", "t1wce": "T1ce", "t2w": "T2"}
-_MASK_NAME = re.compile(r"(.*[_-])?(segm?|mask|lesion|roi)\.nii(\.gz)?", re.IGNORECASE)
-_RSNA_FOLDERS, _RSNA_LABELS = ("FLAIR", "T1w", "T1wCE", "T2w"), "train_labels.csv"
-MGMT = (
-    f"The label in {_RSNA_LABELS} is the methylation of a tumour's MGMT promoter, not health: every subject has a "
-    "tumour, and the label is not used."
-)
+MASKED = "What lies outside the mask of the brain that came with the scan is set to 0."
+USUAL = ("FLAIR", "T2", "T1", "T1ce", "PD", "CT")  # which modality is looked at, of those that as many subjects have
+CONTROLS = ("control", "controls", "healthy", "healthy control", "healthy controls", "hc", "cn", "nc", "normal")
 _EXPECTED = (
-    "a folder a subject, its files ending in _flair, _t1, _t1ce, _t2 and _seg (.nii or .nii.gz), BIDS, or a folder a "
-    "DICOM series"
+    "a folder a subject, its files ending in _flair, _t1, _t1ce, _t2 and _seg (.nii or .nii.gz), BIDS, a folder a "
+    "DICOM series, loose NIfTI files, pictures in folders as yes and no, or a public data set as it was published; "
+    "data/README.md has the names"
 )
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One person's scans. `healthy` is None where it is not known; `hidden`: names of folders and files that lead to
-    the person, never to be written."""
-
-    id: str
-    scans: Mapping[str, Path]
-    lesion_mask: Path | None = None
-    healthy: bool | None = None
-    site: str | None = None
-    kind: str | None = None
-    hidden: frozenset[str] = frozenset()
-
-    def having(self, modalities: Sequence[str]) -> tuple[str, ...]:
-        """Those of some modalities that it has, in their order."""
-        return tuple(m for m in modalities if m in self.scans)
-
-    def hiding(self, text: str) -> str:
-        """A text as it may be written."""
-        return privacy.without(text, self.hidden)
 
 
 @dataclass(frozen=True)
@@ -107,21 +60,29 @@ def find_subjects(folder: Path, layout: str = "", healthy: Path | str = "") -> D
 def _find(folder: Path, layout: str) -> Dataset:
     if not folder.is_dir():
         raise CourseError(f"{folder} is not a folder.", "Give the folder that holds the scans.")
-    if layout and layout not in LAYOUTS:
+    if layout and layout.lower() not in LAYOUTS:
         raise CourseError(f"Layout {layout!r} is not known.", f"Layouts are: {', '.join(LAYOUTS)}.")
-    for name in [layout] if layout else LAYOUTS:
-        subjects, notes = LAYOUTS[name](folder)
-        if any(s.scans for s in subjects):
-            return _described(name, _with_participants(folder, _unique(subjects)), notes)
-    raise CourseError(f"No scans were recognised in {folder}.", f"Expected: {_EXPECTED}.")
+    files = files_below(folder, conventions.SCAN_NAME)
+    name, found = (
+        (layout.lower(), LAYOUTS[layout.lower()](folder, files)) if layout else layouts.recognise(folder, files)
+    )
+    if not any(s.scans for s in found.subjects):
+        kinds = f" Most files are {kinds_of(files)}." if files else " It is empty."
+        of = f" of the layout {layout}" if layout else ""
+        raise CourseError(f"No scans{of} were recognised in {folder}.{kinds}", f"Expected: {_EXPECTED}.")
+    if found.clash:
+        raise found.clash
+    subjects, said = _with_participants(folder, _unique(found.subjects))
+    return _described(name, subjects, (*found.notes, *said))
 
 
 def _joined(dataset: Dataset, healthy: Dataset) -> Dataset:
     ill = [s.hiding(s.id) for s in healthy.subjects if s.healthy is False]
     if ill:
-        what = f"In the folder of healthy subjects, participants.tsv says that {_some(ill)} are not."
+        what = f"In the folder of healthy subjects, participants.tsv says that {some(ill)} are not."
         raise CourseError(what, "Leave them out.")
-    added = _described(healthy.layout, [replace(s, healthy=True) for s in healthy.subjects], list(healthy.notes[1:]))
+    well = [replace(s, healthy=True, origin=HEALTHY_FOLDER) for s in healthy.subjects]
+    added = _described(healthy.layout, well, healthy.notes[1:])
     subjects = _unique([*dataset.subjects, *added.subjects])
     return Dataset(dataset.layout, tuple(subjects), (*dataset.notes, *added.notes, GAP))
 
@@ -151,11 +112,66 @@ def acquisition(path: Path) -> dict[str, str | float]:
     return acquired.of_sidecar(beside) if beside.exists() else {}
 
 
-def read_scan(path: Path, **options) -> Volume:
-    """A NIfTI file, a picture, or a folder that is a DICOM series, as `volumes.read`, `pictures.read`, `dicom.read`."""
+def read_scan(path: Path, *, channel: int | None = None, constant_allowed: bool = False) -> Volume:
+    """A scan of any kind that is recognised: NIfTI, Analyze, MetaImage, a picture, or a folder that is a DICOM series
+    or a stack of pictures; as `volumes`, `formats`, `pictures` and `dicom` read it. `channel`: as in Subject."""
+    path = Path(path)
     if pictures.is_picture(path):
         return pictures.read(path)
-    return dicom.read(path) if dicom.is_series(path) else volumes.read(path, **options)
+    if formats.is_analyze(path):
+        return formats.read_analyze(path, constant_allowed=constant_allowed)
+    if formats.is_meta(path):
+        return formats.read_meta(path, constant_allowed=constant_allowed)
+    if pictures.is_stack(path):
+        return pictures.read_stack(path, channel or 0)
+    if dicom.is_series(path):
+        return dicom.read(path)
+    return volumes.read(path, channel=channel, constant_allowed=constant_allowed)
+
+
+def read_modality(subject: Subject, modality: str) -> Volume:
+    """The scan of a modality, 0 outside the mask of the brain where one on its grid came with the scans."""
+    scan = read_scan(subject.scans[modality], channel=subject.channels.get(modality))
+    if subject.brain is None:
+        return scan
+    brain = read_scan(subject.brain, constant_allowed=True)
+    if not volumes.same_grid(scan.voxels.shape, scan.affine, brain.voxels.shape, brain.affine):
+        return scan
+    return replace(scan, voxels=scan.voxels * (brain.voxels > 0), notes=(*scan.notes, MASKED))
+
+
+def read_subject(subject: Subject, modalities: Sequence[str]) -> dict[str, Volume]:
+    """A subject's scans of those of some modalities that it has, in their order."""
+    return {m: read_modality(subject, m) for m in subject.having(modalities)}
+
+
+def read_lesion(subject: Subject) -> Volume | None:
+    """A subject's lesion mask, above 0 in the lesion; None without one."""
+    path = subject.lesion_mask
+    if path and pictures.is_stack(path):
+        return pictures.read_stack_mask(path)
+    return read_scan(path, constant_allowed=True) if path else None
+
+
+def with_modalities(dataset: Dataset, asked: str = "") -> tuple[Dataset, tuple[str, ...]]:
+    """The modalities to look at: those asked for, joined by commas, or the one that is usual among the subjects; scans
+    whose modality nothing says are taken to be the first of them, and a note says so."""
+    named = Counter(m for s in dataset.subjects for m in s.scans if m != UNNAMED)
+    total, notes = len(dataset.subjects), []
+    if asked:
+        wanted = parse_modalities(asked)
+    else:
+        usual = max(USUAL, key=lambda m: named[m])
+        wanted = ("FLAIR" if 2 * named["FLAIR"] >= total else usual,)
+        if named:
+            had = "all" if named[wanted[0]] == total else f"{named[wanted[0]]} of {total}"
+            notes.append(f"No modality was asked for; {wanted[0]} is looked at, which {had} subjects have.")
+    unnamed = [s for s in dataset.subjects if UNNAMED in s.scans]
+    if unnamed:
+        notes.append(f"Nothing says the modality of {len(unnamed)} subjects' scans: they are taken to be {wanted[0]}.")
+    subjects = tuple(replace(s, scans={wanted[0]: s.scans[UNNAMED]} | s.scans) if s in unnamed else s
+                     for s in dataset.subjects)  # fmt: skip
+    return replace(dataset, subjects=subjects, notes=(*dataset.notes, *notes)), wanted
 
 
 def parse_modalities(text: str) -> tuple[str, ...]:
@@ -173,10 +189,10 @@ def modality_of(path: Path) -> str:
     """The modality that a scan's name ends in, as `_flair.nii.gz` or BIDS, or its folder's name or the scanner's times
     make; CourseError where none does."""
     name = Path(path).name
-    match, bids = _BRATS_NAME.fullmatch(f"_{name}"), _BIDS_NAME.fullmatch(name)
-    ending = _bids_what(bids) if bids else _BRATS_ENDINGS[match[1].lower()] if match else None
-    found = ending or _DICOM_FOLDERS.get(name.lower()) or dicom.weighting(acquisition(path))
-    if found in ("lesion", None):
+    bids = conventions.BIDS_NAME.fullmatch(name)
+    ending = conventions.bids_what(bids) if bids else conventions.brats_what(name)
+    found = ending or conventions.DICOM_FOLDERS.get(name.lower()) or dicom.weighting(acquisition(path))
+    if found not in MODALITIES:
         what = f"The name of {privacy.shown(Path(path), dicom.patient(path))} does not end in a modality."
         raise CourseError(what, f"Name it: {', '.join(MODALITIES)}.")
     return found
@@ -217,7 +233,7 @@ def read_splits(path: Path, subjects: set[str], called: Mapping[str, str] | None
         result[subject] = name
     unknown = sorted(result.keys() - subjects)
     if unknown:
-        raise CourseError(f"{path} names {_some(unknown)}, not in the data.", "Use the names of the subjects' folders.")
+        raise CourseError(f"{path} names {some(unknown)}, not in the data.", "Use the names of the subjects' folders.")
     return result
 
 
@@ -229,173 +245,58 @@ def _counts(subjects: int, shares) -> list[int]:
     return counts.tolist()
 
 
-def _brats(folder: Path) -> tuple[list[Subject], list[str]]:
-    def meaning(path: Path):
-        match = _BRATS_NAME.fullmatch(path.name)
-        return match and (Path(os.path.abspath(path.parent)), _BRATS_ENDINGS[match[1].lower()])
-
-    return _grouped(folder, _scans(folder), meaning)
-
-
-def _bids(folder: Path) -> tuple[list[Subject], list[str]]:
-    """BIDS 1.8, "Anatomy imaging data": sub-01[_ses-1]_T1w.nii.gz. Of derivatives, lesion masks are used alone."""
-
-    def meaning(path: Path):
-        match = _BIDS_NAME.fullmatch(path.name)
-        what = match and _bids_what(match)
-        if not what or (what != "lesion" and "derivatives" in path.relative_to(folder).parts):
-            return None
-        return folder / (match["subject"] + (match["session"] or "")), what
-
-    return _grouped(folder, _scans(folder), meaning)
-
-
-def _bids_what(match: re.Match) -> str | None:
-    if match["scan"]:
-        return "T1ce" if match["scan"] == "T1w" and "_ce-" in match["entities"] else _BIDS_ENDINGS[match["scan"]]
-    return "lesion" if "lesion" in match[0].lower() else None
-
-
-def _dicom(folder: Path) -> tuple[list[Subject], list[str]]:
-    """A folder a series, as in ID/FLAIR or ID/any name; the modality is that name, or what the scanner's times make."""
-
-    def owner(place: Path) -> Path:
-        below = place.relative_to(folder).parts
-        named = below[-2:-1] if place.name.lower() in _DICOM_FOLDERS else below[:1]
-        return folder / named[0] if named else Path(os.path.abspath(folder))
-
-    def modality(place: Path) -> str | None:
-        return _DICOM_FOLDERS.get(place.name.lower()) or dicom.weighting(dicom.facts(place))
-
-    files = _files(folder)
-    places = [place for place in sorted({path.parent for path in files}) if dicom.is_series(place)]
-    known = frozenset().union(*map(dicom.patient, places))
-    shown = partial(privacy.shown, known=known)
-    subjects, notes = _of_series(folder, files, {place: owner(place) for place in places}, modality, shown)
-    return [replace(s, hidden=hidden_names(s)) for s in subjects], notes
-
-
-def _rsna_miccai(folder: Path) -> tuple[list[Subject], list[str]]:
-    """RSNA-MICCAI 2021: train/00000/FLAIR/*.dcm and `train_labels.csv`; the numbers are the challenge's own."""
-    if not any((place / _RSNA_LABELS).is_file() for place in (folder, Path(os.path.abspath(folder)).parent)):
-        return [], []
-    files = _files(folder)
-    places = sorted({path.parent for path in files if path.parent.name in _RSNA_FOLDERS})
-    owners = {p: p.parent for p in places if re.fullmatch(r"\d{5}", p.parent.name) and dicom.is_series(p)}
-    subjects, notes = _of_series(folder, files, owners, lambda place: _DICOM_FOLDERS[place.name.lower()])
-    return [replace(s, healthy=False) for s in subjects], [*notes, MGMT]
-
-
-def _of_series(
-    folder: Path,
-    files: list[Path],
-    owners: Mapping[Path, Path],
-    modality: Callable[[Path], str | None],
-    shown: Callable[[Path], str] = str,
-) -> tuple[list[Subject], list[str]]:
-    """Subjects from the folders of series and whose they are; masks are NIfTI files below a subject's folder."""
-    by_name = {owner.name: owner for owner in owners.values()}
-
-    def meaning(path: Path):
-        if path in owners:
-            what = modality(path)
-            return what and (owners[path], what)
-        above = [by_name[part] for part in path.parent.parts if part in by_name]
-        return (above[-1], "lesion") if above and _MASK_NAME.fullmatch(path.name) else None
-
-    scans = [path for path in files if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")]
-    return _grouped(folder, [*owners, *scans], meaning, shown)
-
-
-def hidden_names(subject: Subject) -> frozenset[str]:
-    """The names in the paths of a subject's scans that lead to a person."""
-    known = frozenset().union(*(dicom.patient(path) for path in subject.scans.values()))
-    paths = [*subject.scans.values(), *filter(None, [subject.lesion_mask])]
-    names = {subject.id, *(part for path in paths for part in path.parts)}
-    return frozenset(name for name in names if privacy.leads(name, known))
-
-
-def _scans(folder: Path) -> list[Path]:
-    return [f for f in _files(folder) if f.name.lower().endswith(SUFFIXES) and not f.name.startswith(".")]
-
-
-def _grouped(
-    folder: Path,
-    files: list[Path],
-    meaning: Callable[[Path], tuple[Path, str] | None],
-    shown: Callable[[Path], str] = str,
-) -> tuple[list[Subject], list[str]]:
-    """Subjects from what each scan means: a path that ends in the subject's name, and a modality or "lesion";
-    `shown`: a path for people."""
-    by_subject: dict[Path, dict[str, Path]] = {}
-    odd = []
-    for path in files:
-        known = meaning(path)
-        if not known:
-            odd.append("/".join(Path(shown(path)).parts[len(folder.parts) :]))
-            continue
-        found = by_subject.setdefault(known[0], {})
-        if known[1] in found:
-            both = f"{shown(found[known[1]])} and {Path(shown(path)).name}"
-            raise CourseError(f"{both} both claim to be {known[1]}.", "Keep one of them.")
-        found[known[1]] = path
-    subjects = [
-        Subject(place.name, {m: p for m, p in found.items() if m != "lesion"}, found.get("lesion"))
-        for place, found in by_subject.items()
-    ]
-    return subjects, [f"Not understood and left alone: {_some(odd)}."] if odd else []
-
-
-def _files(folder: Path) -> list[Path]:
-    """All files below a folder, behind links to folders too; no folder twice, so that links in a ring end."""
-    seen, files = set(), []
-    for place, below, names in os.walk(folder, onerror=_locked, followlinks=True):
-        real = os.path.realpath(place)
-        below[:] = [] if real in seen else sorted(below)
-        files += [] if real in seen else [Path(place, name) for name in names + _odd_folders(place, below)]
-        seen.add(real)
-    return sorted(files)
-
-
-def _locked(error: OSError) -> None:
-    """A folder that cannot be listed is refused: the scans in it would be lost in silence."""
-    raise refusal("F01", path=privacy.shown(Path(error.filename), ()), reason=error.strerror) from error
-
-
-def _odd_folders(place: str, below: list[str]) -> list[str]:
-    """Folders named like scans, which the examination then refuses by name."""
-    return [name for name in below if _BRATS_NAME.fullmatch(name)]
-
-
-LAYOUTS = {"bids": _bids, "brats": _brats, "rsna_miccai": _rsna_miccai, "dicom": _dicom}
-
-
-def _unique(subjects: list[Subject]) -> list[Subject]:
+def _unique(subjects: Sequence[Subject]) -> list[Subject]:
     times = Counter(s.id.lower() for s in subjects)
     twice = sorted(s.hiding(s.id) for s in subjects if times[s.id.lower()] > 1)
     if twice:
-        raise CourseError(f"Folders share a subject's name, or differ in case only: {_some(twice)}.", "Rename them.")
+        raise CourseError(f"Folders share a subject's name, or differ in case only: {some(twice)}.", "Rename them.")
     return sorted(subjects, key=lambda s: s.id)
 
 
-def _with_participants(folder: Path, subjects: list[Subject]) -> tuple[Subject, ...]:
-    """Add what `participants.tsv` says of health, site and lesion kind."""
+def _with_participants(folder: Path, subjects: Sequence[Subject]) -> tuple[tuple[Subject, ...], tuple[str, ...]]:
+    """Add what `participants.tsv` says of health, site and lesion kind; notes on how it was read."""
     path = folder / "participants.tsv"
     if not path.exists():
-        return tuple(subjects)
-    listed = _table(path, "\t", ("participant_id",))
+        return tuple(subjects), ()
+    listed = [{(k or "").strip().lower(): v for k, v in row.items()} for row in _table(path, "\t", ("participant_id",))]
     rows = {row["participant_id"]: row for row in listed}
     if len(rows) < len(listed):
         twice = Counter(row["participant_id"] for row in listed).most_common(1)[0][0]
         said = privacy.without(twice, frozenset().union(*(s.hidden for s in subjects)))
         raise CourseError(f"{path} has more than one row for {said}.", "Keep one of them.")
-    return tuple(_told(path, s, rows[s.id]) if s.id in rows else s for s in subjects)
+    told = tuple(_told(path, s, rows[s.id]) if s.id in rows else s for s in subjects)
+    return told, tuple(_by_group(told, rows))
 
 
 def _told(path: Path, subject: Subject, row: dict[str, str]) -> Subject:
     stated = _healthy(path, row.get("healthy"))
+    stated = _by_words(row) if stated is None else stated
     healthy = subject.healthy if stated is None else stated
-    return replace(subject, healthy=healthy, site=row.get("site") or None, kind=row.get("kind") or None)
+    site, kind = row.get("site") or subject.site, row.get("kind") or subject.kind
+    return replace(subject, healthy=healthy, site=site, kind=kind)
+
+
+def _by_words(row: dict[str, str]) -> bool | None:
+    """Health by the group that a row puts a subject in, or by its clinical dementia rating; None where neither is."""
+    if _group(row) in CONTROLS:
+        return True
+    try:
+        return float(row["cdr"]) == 0 if (row.get("cdr") or "").strip() else None
+    except ValueError:
+        return None
+
+
+def _group(row: dict[str, str]) -> str:
+    return (row.get("group") or row.get("diagnosis") or "").strip().lower().replace("_", " ")
+
+
+def _by_group(subjects: Sequence[Subject], rows: Mapping[str, dict[str, str]]) -> Iterator[str]:
+    groups = Counter(
+        _group(rows[s.id]) for s in subjects if s.healthy and s.id in rows and not rows[s.id].get("healthy")
+    )
+    for word, number in sorted(groups.items()):
+        if word in CONTROLS:
+            yield f"participants.tsv puts {number} subjects in the group {word!r}: they are taken to be healthy."
 
 
 def _healthy(path: Path, word: str | None) -> bool | None:
@@ -418,17 +319,17 @@ def _table(path: Path, delimiter: str, columns: tuple[str, ...]) -> list[dict[st
     return rows
 
 
-def _described(layout: str, subjects: Sequence[Subject], notes: list[str]) -> Dataset:
+def _described(layout: str, subjects: Sequence[Subject], notes: Sequence[str]) -> Dataset:
     scans = Counter(m for s in subjects for m in s.scans)
     masks = sum(s.lesion_mask is not None for s in subjects)
-    said = ", ".join(f"{m} {scans[m]}" for m in MODALITIES if scans[m])
-    healthy = sum(s.healthy is True for s in subjects)
+    known = [(m, scans[m]) for m in (*MODALITIES, UNNAMED) if scans[m]]
+    said = ", ".join(f"{f'modality {m}' if m == UNNAMED else m} {number}" for m, number in known)
+    healthy, ill = (sum(s.healthy is known for s in subjects) for known in (True, False))
+    patients = f"; known to be patients {ill}" if ill else ""
+    sites = sorted({s.site for s in subjects if s.site})
+    places = f"; sites {some(sites)}" if sites else ""
     summary = (
-        f"{len(subjects)} subjects in the layout {layout}: {said}; lesion masks {masks}; known to be healthy {healthy}."
+        f"{len(subjects)} subjects in the layout {layout}: {said}; lesion masks {masks}; known to be healthy "
+        f"{healthy}{patients}{places}."
     )
     return Dataset(layout, tuple(subjects), (summary, *notes))
-
-
-def _some(names: list[str], shown: int = 5) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

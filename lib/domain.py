@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib import metrics
+from lib import datasets, metrics
 from lib.cohort import Cohort, PreparedSubject
 from lib.components import bounding_box
+from lib.subjects import Subject
 from lib.training import derived_seed
 
 QUANTILES = (5, 25, 50, 75, 95)  # percentiles of the brain's voxels
@@ -94,6 +95,35 @@ def header(subject: PreparedSubject) -> np.ndarray:
 def by_health(prepared: Cohort) -> dict[str, bool]:
     """Label of each subject: True for a patient."""
     return {s.id: not s.healthy for s in prepared.subjects}
+
+
+def gap(prepared: Cohort, subjects: Sequence[Subject], *, seed: int = 0) -> tuple[str, ...]:
+    """A warning where healthy subjects and patients come from different folders, or from sites of their own, with how
+    well `domain_classifier` tells one from the other; () where neither is so.
+
+    `subjects`: those of the cohort as they were found.
+    """
+    members = {s.id: s for s in subjects}
+    groups, apart = _apart([members[s.id] for s in prepared.subjects], by_health(prepared))
+    if not apart:
+        return ()
+    found = domain_classifier(prepared, groups, seed=seed)
+    told = f"{found}." if found else f"not measured, for want of {LEAST} subjects on either side."
+    return (
+        f"Domain gap: healthy subjects and patients come from different {apart}. Telling the {apart} apart by the "
+        f"histogram of tissue outside lesions, brain size and voxels alone, without looking for a lesion: {told} "
+        "Figures that set patients against healthy subjects are worth what they exceed this by.",
+    )
+
+
+def _apart(subjects: Sequence[Subject], ill: Mapping[str, bool]) -> tuple[Mapping[str, bool], str]:
+    """What keeps the healthy and the patients apart, "folders", "sites" or "", and who is on the patients' side."""
+    if len({s.origin for s in subjects}) > 1:
+        return {s.id: s.origin != datasets.HEALTHY_FOLDER for s in subjects}, "folders"
+    sites = [{s.site for s in subjects if ill[s.id] is side} for side in (False, True)]
+    if all(sites) and not sites[0] & sites[1] and None not in sites[0] | sites[1]:
+        return ill, "sites"
+    return {}, ""
 
 
 def auroc_interval(

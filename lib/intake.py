@@ -3,21 +3,22 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from joblib import Parallel, delayed
 
-from lib import ROOT, acquisition, datasets, dicom, privacy, volumes
+from lib import ROOT, acquisition, datasets, dicom, pictures, privacy, volumes
 from lib.boxes import extent_mm
-from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES, Subject
+from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES
 from lib.errors import CourseError, check_least
 from lib.intensities import CT_WINDOW
 from lib.preprocessing import brain_mask, canonical, signal
 from lib.progress import bar
 from lib.refusals import words
+from lib.subjects import Subject
 from lib.volumes import Volume
 
 HEALTHY, LESION_FREE = "healthy subjects", "lesion-free slices of patients"
@@ -31,9 +32,11 @@ BONE_HU, MOST_BONE = 300, 0.02  # share of voxels; calcifications and blood are 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Subjects that can be used, each with its split and what the examination found, and those that were left out."""
+    """Subjects that can be used, each with its split and what the examination found, and those that were left out;
+    `modalities`: those that are looked at."""
 
     subjects: tuple[Subject, ...]
+    modalities: tuple[str, ...]
     facts: dict[str, dict]
     splits: dict[str, str]
     training: str
@@ -46,7 +49,7 @@ def gather(
     *,
     healthy_data: str = "",
     layout: str = "",
-    modalities: str = "FLAIR",
+    modalities: str = "",
     size: int = 96,
     pixel_mm: float = 2.0,
     splits: str = "",
@@ -61,20 +64,20 @@ def gather(
 
     `data`: a folder, or "" for the embedded cohort of `healthy` subjects and `patients` at `voxel_mm`;
     `healthy_data`: one of healthy subjects beside it;
-    `modalities`: names joined by commas; `incomplete`: whether one of them is enough; `size` × `pixel_mm`: the square
-    that a brain must fit.
+    `modalities`: names joined by commas, "" for the one that is usual among the subjects; `incomplete`: whether one of
+    them is enough; `size` × `pixel_mm`: the square that a brain must fit.
     Raises CourseError that lists every problem of every scan, unless `skip_broken`, which leaves those subjects out.
     """
     check_least("seed", seed, 0)
     _check_patients(data, healthy_data)
     folder = Path(data) if data else _embedded(healthy, patients, voxel_mm, seed)
-    wanted = datasets.parse_modalities(modalities)
     dataset = datasets.find_subjects(folder, layout, healthy_data)
+    dataset, wanted = datasets.with_modalities(dataset, modalities or ("" if data else "FLAIR"))
     subjects, lacking = _with_modalities(dataset.subjects, wanted, incomplete)
     facts = examine(subjects, wanted, size * pixel_mm)
     broken = {s: record["problems"] for s, record in facts.items() if record["problems"]}
     if broken and not skip_broken:
-        raise _refusal(broken, len(subjects))
+        raise _refusal(broken, len(subjects), dataset.notes[0])
     useful, unknown = _known([s for s in subjects if s.id not in broken])
     left_out = [*lacking, *_left_out_broken(broken), *unknown]
     stated = datasets.read_splits(Path(splits), {s.id for s in dataset.subjects}, dataset.called) if splits else {}
@@ -88,7 +91,7 @@ def gather(
         *_notes(used, facts, assigned, training, left_out),
         *_missing(used, wanted),
     )
-    return Gathered(used, facts, assigned, training, tuple(left_out), notes)
+    return Gathered(used, wanted, facts, assigned, training, tuple(left_out), notes)
 
 
 def _check_patients(data: str, healthy_data: str) -> None:
@@ -125,8 +128,7 @@ def examine_scan(subject: Subject, scans: Mapping[str, Volume], side_mm: float) 
     """The record of one person's scans that are read already, as `examine` gives it. Of a single slice, the brain may
     be of any volume up to the usual."""
     record = _record()
-    flat = all(scan.voxels.shape[2] == 1 for scan in scans.values())
-    _look(record, subject, scans, None, (0.0, BRAIN_LITRES[1]) if flat else BRAIN_LITRES)
+    _look(record, subject, scans, None)
     return _with_square(_with_duplicates({subject.id: record}), side_mm)[subject.id]
 
 
@@ -140,14 +142,14 @@ def _record() -> dict:
 
 def _examine_subject(subject: Subject, modalities: tuple[str, ...]) -> dict:
     record = _record()
-    scans = {m: _attempt(record, subject.scans[m]) for m in subject.having(modalities)}
-    lesion = _attempt(record, subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
-    _look(record, subject, scans, lesion, BRAIN_LITRES)
+    scans = {m: _attempt(record, datasets.read_modality, subject, m) for m in subject.having(modalities)}
+    lesion = _attempt(record, datasets.read_lesion, subject)
+    _look(record, subject, scans, lesion)
     return record
 
 
-def _look(record: dict, subject: Subject, scans: Mapping[str, Volume | None], lesion: Volume | None, litres) -> None:
-    """Fill a record; `litres`: the least and the most that a brain may have."""
+def _look(record: dict, subject: Subject, scans: Mapping[str, Volume | None], lesion: Volume | None) -> None:
+    """Fill a record. Of single slices, the brain may be of any volume up to the usual."""
     for modality, volume in scans.items():
         if volume:
             record["checksums"][modality] = volumes.checksum(volume.voxels)
@@ -158,7 +160,8 @@ def _look(record: dict, subject: Subject, scans: Mapping[str, Volume | None], le
         record["notes"]["mask"] = list(lesion.notes)
     if not record["problems"]:
         record["identity"] = content([*scans.values(), lesion])
-        _look_at_brain(record, subject, scans, lesion, litres)
+        flat = all(volume.voxels.shape[2] == 1 for volume in scans.values())
+        _look_at_brain(record, subject, scans, lesion, (0.0, BRAIN_LITRES[1]) if flat else BRAIN_LITRES)
     record["problems"] = [(_told(subject, what), cure) for what, cure in record["problems"]]
 
 
@@ -185,15 +188,15 @@ def content(found: list[Volume | None]) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
 
 
-def _refusal(broken: Mapping[str, list], subjects: int) -> CourseError:
+def _refusal(broken: Mapping[str, list], subjects: int, understood: str) -> CourseError:
     lines = [f"  {what} {cure}" for problems in broken.values() for what, cure in problems]
     count = f"{len(broken)} of {subjects} subjects cannot be used:"
-    return CourseError("\n".join([count, *lines]), "Mend them, or leave them out with --skip-broken.")
+    return CourseError("\n".join([understood, count, *lines]), "Mend them, or leave them out with --skip-broken.")
 
 
-def _attempt(record: dict, path, **options) -> Volume | None:
+def _attempt(record: dict, read: Callable[..., Volume | None], *what) -> Volume | None:
     try:
-        return datasets.read_scan(path, **options)
+        return read(*what)
     except CourseError as error:
         record["problems"].append((error.what, error.cure))
         return None
@@ -204,6 +207,8 @@ def _intensity_problems(path, modality: str, volume: Volume):
         yield from _hounsfield_problems(path, volume)
     elif (volume.voxels < 0).mean() > MOST_NEGATIVE:
         yield words("E01", path=path)
+    if volume.voxels.shape[2] == 1 and not pictures.on_black(volume):
+        yield words("E07", path=path)
     if len(np.unique(volume.voxels[::2, ::2, ::2])) < LEAST_LEVELS:
         yield words("E02", path=path, least=LEAST_LEVELS)
 
@@ -299,11 +304,12 @@ class _Memory:
             self.records = {}
 
     def key(self, subject: Subject, modalities: tuple[str, ...]) -> str:
-        scans = [*(subject.scans[m] for m in subject.having(modalities)), subject.lesion_mask]
+        scans = [*(subject.scans[m] for m in subject.having(modalities)), subject.lesion_mask, subject.brain]
         beside = [acquisition.sidecar(subject.scans[m]) for m in subject.having(modalities)]
         files = [f for scan in scans if scan for f in (sorted(scan.iterdir()) if scan.is_dir() else [scan])] + beside
         seen = [(os.path.realpath(f), *_state(f)) for f in files]
-        return hashlib.sha256(json.dumps([EXAMINATION, seen, modalities, subject.healthy]).encode()).hexdigest()
+        asked = [EXAMINATION, seen, modalities, subject.healthy, sorted(subject.channels.items())]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def keep(self) -> None:
         good = {key: record for key, record in self.records.items() if not record["problems"]}

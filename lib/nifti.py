@@ -23,22 +23,22 @@ MOST_PACKED = 1032  # times that deflate makes anything smaller, at most
 HEAD, PIECE = 540, 2**16  # bytes of the longer header; of a file's beginning, which hold it compressed
 
 
-def load(path: Path) -> tuple[nibabel.Nifti1Header, bytes]:
+def load(path: Path, channel: int | None = None) -> tuple[nibabel.Nifti1Header, bytes]:
     """Header and decompressed content of a NIfTI file; what the header promises is held against the file's size before
-    memory is taken. Raises CourseError naming the file for all that is wrong with either."""
+    memory is taken; `channel`: which volume of a 4D file is wanted. Raises CourseError naming the file for all that is wrong with either."""
     try:
         if not path.is_file():
             raise refusal("S01", path=path)
         with path.open("rb") as file, _unchanged(path, file):
-            return _load(path, file)
+            return _load(path, file, channel)
     except OSError as error:
         raise refusal("S02", path=path, reason=error.strerror) from error
 
 
-def _load(path: Path, file: BinaryIO) -> tuple[nibabel.Nifti1Header, bytes]:
+def _load(path: Path, file: BinaryIO, channel: int | None) -> tuple[nibabel.Nifti1Header, bytes]:
     start = file.read(PIECE)
     packed = _is_packed(path, start)
-    header = _header(path, _unpacked(path, start, HEAD, whole=False) if packed else start[:HEAD])
+    header = _header(path, _unpacked(path, start, HEAD, whole=False) if packed else start[:HEAD], channel)
     size, most = os.fstat(file.fileno()).st_size, promised(header)
     if size * (MOST_PACKED if packed else 1) < most:
         raise refusal("S18", path=path)
@@ -98,7 +98,7 @@ def _unpacked(path: Path, packed: bytes, most: int, whole: bool = True) -> bytes
     return content
 
 
-def _header(path: Path, head: bytes) -> nibabel.Nifti1Header:
+def _header(path: Path, head: bytes, channel: int | None) -> nibabel.Nifti1Header:
     """The header, examined field by field: nibabel mends silently what is wrong in it."""
     kinds = {header.sizeof_hdr: header for header in (nibabel.Nifti1Header, nibabel.Nifti2Header)}
     lengths = {int.from_bytes(head[:4], order): order for order in ("little", "big")}
@@ -112,12 +112,12 @@ def _header(path: Path, head: bytes) -> nibabel.Nifti1Header:
         raise refusal("S12", path=path)
     if magic != kind.single_magic:
         raise refusal("S11", path=path)
-    _check_kind(path, header)
+    _check_kind(path, header, channel)
     _check_place(path, header)
     return header
 
 
-def _check_kind(path: Path, header: nibabel.Nifti1Header) -> None:
+def _check_kind(path: Path, header: nibabel.Nifti1Header, channel: int | None) -> None:
     """One volume of intensities, stored as the header says."""
     try:
         kind = header.get_data_dtype()
@@ -125,8 +125,8 @@ def _check_kind(path: Path, header: nibabel.Nifti1Header) -> None:
     except (HeaderDataError, ValueError, KeyError, OverflowError) as error:
         raise refusal("S13", path=path, field="datatype", value=header["datatype"]) from error
     rank, offset = int(header["dim"][0]), float(header["vox_offset"])
-    if 1 <= rank <= 7 and (len(shape) < 3 or min(shape[:3]) < 2):
-        raise refusal("S14", path=path, shape=shape)
+    if 1 <= rank <= 7:
+        check_shape(path, shape)
     right = {
         "dim": 1 <= rank <= 7 and min(shape) > 0,
         "bitpix": header["bitpix"] == 8 * kind.itemsize,
@@ -138,13 +138,35 @@ def _check_kind(path: Path, header: nibabel.Nifti1Header) -> None:
     for field, holds in right.items():
         if not holds:
             raise refusal("S13", path=path, field=field, value=header[field])
-    if (count := math.prod(shape[3:])) != 1:
-        raise refusal("S15", path=path, count=count)
-    if kind.kind not in "iuf":
-        raise refusal("S16", path=path)
+    check_stored(path, shape, kind, channel)
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if math.isinf(slope) or (slope and math.isfinite(slope) and not math.isfinite(intercept)):  # nibabel takes it for 1
         raise refusal("S17", path=path, slope=f"{slope:g} and {intercept:g}")
+
+
+def check_shape(path: Path, shape: tuple[int, ...]) -> None:
+    """Raise CourseError naming the file for what is no volume."""
+    if len(shape) < 3 or min(shape[:3]) < 2:
+        raise refusal("S14", path=path, shape=shape)
+
+
+def check_stored(path: Path, shape: tuple[int, ...], kind: np.dtype, channel: int | None = None) -> None:
+    """Raise CourseError naming the file for several volumes, or none of that `channel`, and for what is not grey."""
+    if channel is not None and not (len(shape) == 4 and channel < shape[3]):
+        raise refusal("S28", path=path, number=channel + 1, shape=shape)
+    if channel is None and (count := math.prod(shape[3:])) != 1:
+        raise refusal("S15", path=path, count=count)
+    if kind.kind not in "iuf":
+        raise refusal("S16", path=path)
+
+
+def check_affine(path: Path, affine: np.ndarray) -> None:
+    """Raise CourseError naming the file for an affine that is none, and for voxels of no plausible size."""
+    sizes = nibabel.affines.voxel_sizes(affine)
+    if not np.isfinite(affine).all() or not sizes.all() or upright(affine) < LEAST_UPRIGHT:
+        raise refusal("S21", path=path)
+    if sizes.min() < VOXEL_MM[0] or sizes.max() > VOXEL_MM[1]:
+        raise refusal("S22", path=path, edges=" × ".join(f"{s:.3g}" for s in sizes))
 
 
 def _check_place(path: Path, header: nibabel.Nifti1Header) -> None:
@@ -155,11 +177,7 @@ def _check_place(path: Path, header: nibabel.Nifti1Header) -> None:
         affine = header.get_best_affine()
     except (HeaderDataError, ValueError) as error:
         raise refusal("S21", path=path) from error
-    sizes = nibabel.affines.voxel_sizes(affine)
-    if not np.isfinite(affine).all() or not sizes.all() or upright(affine) < LEAST_UPRIGHT:
-        raise refusal("S21", path=path)
-    if sizes.min() < VOXEL_MM[0] or sizes.max() > VOXEL_MM[1]:
-        raise refusal("S22", path=path, edges=" × ".join(f"{s:.3g}" for s in sizes))
+    check_affine(path, affine)
     other = qform(header)
     if other is not None and np.linalg.det(affine[:3, :3]) * np.linalg.det(other[:3, :3]) < 0:
         raise refusal("S24", path=path)

@@ -124,7 +124,7 @@ def prepare(
     taught, for a normalisation of STANDARDS. The first modality there is registered, and the others go with it.
     Raises CourseError where the brain does not fit the recipe's square.
     """
-    volumes = {m: canonical(scans[m]) for m in recipe.modalities if m in scans}
+    volumes = {m: canonical(between_empty(scans[m])) for m in recipe.modalities if m in scans}
     inside = brain_mask([signal(m, v.voxels) for m, v in volumes.items()])
     if recipe.bias:
         volumes = {m: v if m == "CT" else registration.bias_corrected(v, inside) for m, v in volumes.items()}
@@ -134,7 +134,7 @@ def prepare(
         dice = registration.template_dice(first, inside, to_template)
     grid = _Grid.around(inside, first, recipe, to_template)
     brain = grid.sample_mask(inside)
-    own_truth = canonical(lesion).voxels > 0 if lesion else np.zeros_like(inside)
+    own_truth = canonical(between_empty(lesion)).voxels > 0 if lesion else np.zeros_like(inside)
     truth = grid.sample_mask(own_truth) if lesion else np.zeros_like(brain)
     sampled = {m: grid.sample(v.voxels * inside if m == "CT" else v.voxels) for m, v in volumes.items()}
     known = {m: normalised(one, brain, m, recipe.normalisation, (standard or {}).get(m)) for m, one in sampled.items()}
@@ -196,10 +196,13 @@ def extracted(modality: str, scan: Volume, brain: Volume) -> Volume:
     return replace(scan, voxels=np.where(inside.voxels > 0, turned.voxels, np.float32(outside)), affine=turned.affine)
 
 
-def between_empty(slice_alone: Volume) -> Volume:
-    """A single slice [i, j, 1] with an empty one on either side, so that there is something to interpolate with."""
-    affine = slice_alone.affine @ nibabel.affines.from_matvec(np.eye(3), (0, 0, -1))
-    return replace(slice_alone, voxels=np.pad(slice_alone.voxels, ((0, 0), (0, 0), (1, 1))), affine=affine)
+def between_empty(scan: Volume) -> Volume:
+    """A single slice [i, j, 1] with an empty one on either side, so that there is something to interpolate with; a scan
+    of more slices as it is."""
+    if scan.voxels.shape[2] > 1:
+        return scan
+    affine = scan.affine @ nibabel.affines.from_matvec(np.eye(3), (0, 0, -1))
+    return replace(scan, voxels=np.pad(scan.voxels, ((0, 0), (0, 0), (1, 1))), affine=affine)
 
 
 def resampled(

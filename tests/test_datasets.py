@@ -87,9 +87,10 @@ def test_bids_is_understood(tmp_path):
     assert dataset.layout == "bids"
     assert said == {
         "sub-01": (["FLAIR", "T1", "T1ce"], "sub-01_label-lesion_mask.nii.gz"),
-        "sub-02_ses-1": (["T1"], None),
-        "sub-02_ses-2": (["T1"], None),
+        "sub-02": (["T1"], None),
     }
+    assert next(s for s in dataset.subjects if s.id == "sub-02").scans["T1"].name == "sub-02_ses-1_T1w.nii"
+    assert "Of 1 subjects with several sessions, the first session is used." in dataset.notes
     assert "derivatives/seg/sub-01/sub-01_T1w.nii.gz, sub-02/ses-2/anat/sub-02_ses-2_desc-brain" in dataset.notes[1]
 
 
@@ -125,7 +126,6 @@ BAD_FOLDERS = {
     "unknown names": (["a/anat.nii.gz"], "scans"),
     "two files for one modality": (["a/a_flair.nii.gz", "a/a_t2f.nii"], "FLAIR"),
     "plain and compressed": (["a/a_t1.nii.gz", "a/a_t1.nii"], "a_t1.nii"),
-    "several subjects in one folder": (["a_t1.nii", "b_t1.nii"], "b_t1.nii"),
     "names that differ in case": (["x/abc/abc_t1.nii", "y/ABC/ABC_t1.nii"], "ABC, abc"),
     "one name twice": (["x/abc/abc_t1.nii", "y/abc/abc_t1.nii"], "abc"),
 }

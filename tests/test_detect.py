@@ -421,7 +421,6 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path):
     (tmp_path / "torn.png").write_bytes((tmp_path / "bright.png").read_bytes()[:40])
     (tmp_path / "none.jpg").write_bytes(b"")
     for name, why in (
-        ("bright", "background that is not 0"),
         ("torn", "damaged"),
         ("none", "damaged"),
         ("gone", "not"),
@@ -429,6 +428,8 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path):
         path = next(tmp_path.glob(f"{name}.*"), tmp_path / "gone.png")
         with pytest.raises(CourseError, match=rf"{path.name}.*{why}"):
             pictures.read(path)
+    with pytest.raises(CourseError, match=r"bright\.png has a background that is not 0"):
+        cohort.prepare_scan({"FLAIR": tmp_path / "bright.png"}, Recipe())
 
 
 def test_several_scans_have_folders_of_their_own_and_a_broken_one_is_refused(run, scan, tmp_path, capsys):

@@ -17,7 +17,7 @@ from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
-from lib import datasets, dicom
+from lib import datasets, dicom, layouts
 from lib.errors import CourseError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -350,7 +350,7 @@ def test_the_label_of_rsna_miccai_is_not_health(tmp_path, below):
     assert {s.id: (set(s.scans), s.healthy) for s in dataset.subjects} == {
         s: ({"FLAIR", "T1", "T1ce", "T2"}, False) for s in ("00000", "00123")
     }
-    assert dataset.notes[-1] == datasets.MGMT
+    assert dataset.notes[-1] == layouts.MGMT
     assert "known to be healthy 0" in dataset.notes[0]
 
 

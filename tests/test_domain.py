@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from lib import cohort, domain
+from lib import cohort, datasets, domain
+from lib.subjects import Subject
 
 
 @pytest.fixture
@@ -107,3 +108,32 @@ def test_pairs_of_one_group_count_whatever_the_units_of_the_others():
 def test_groups_of_one_kind_each_have_no_auroc():
     labels = np.arange(8) < 4
     assert np.isnan(domain.auroc_within(np.arange(8), labels, labels)).all()
+
+
+def found_in(prepared, **by_health):
+    """The subjects as they were found, each with what `by_health` has first for the healthy, then for patients."""
+    return [
+        Subject(s.id, {}, **{name: pair[not s.healthy] for name, pair in by_health.items()}) for s in prepared.subjects
+    ]
+
+
+@pytest.mark.parametrize("kept", [{"origin": (datasets.HEALTHY_FOLDER, "")}, {"site": ("A", "B")}])
+def test_the_gap_of_two_folders_or_sites_is_measured_and_said(prepared, kept):
+    brighten([s for s in prepared.subjects if s.healthy], 1.3)
+    (warning,) = domain.gap(prepared, found_in(prepared, **kept))
+    measured = domain.domain_classifier(prepared, domain.by_health(prepared))
+    assert measured.auroc > 0.95
+    assert str(measured) in warning
+    assert ("different folders" in warning) == ("origin" in kept)
+
+
+def test_where_healthy_and_patients_share_a_place_no_gap_is_claimed(prepared):
+    assert domain.gap(prepared, found_in(prepared, site=("A", "A"))) == ()
+    assert domain.gap(prepared, found_in(prepared, site=("A", None))) == ()
+    assert domain.gap(prepared, found_in(prepared)) == ()
+
+
+def test_a_gap_of_too_few_subjects_is_said_to_be_unmeasured(tmp_path):
+    few = made_cohort.write(tmp_path / "few", healthy=(1, 1, 1), patients=3)
+    (warning,) = domain.gap(few, found_in(few, origin=(datasets.HEALTHY_FOLDER, "")))
+    assert "not measured" in warning
