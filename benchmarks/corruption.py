@@ -7,6 +7,8 @@ else, without a word), lost (an odd but good file refused), or traceback (of us:
 
 A plain .nii has no checksum. Of its voxels, and of the header's fields whose every value is that of some good scan and
 which nothing repeats (`LONE`), damage can be seen by nobody: those have a row of their own and are not in the sums.
+The scan says twice where it lies, by sform and qform, as those of converters from DICOM do; of one that says it once,
+a plausible other place cannot be seen either.
 """
 
 import argparse

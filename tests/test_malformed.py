@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import malformed, malformed_folders
+from benchmarks import corruption, malformed, malformed_folders
 from lib import cohort, datasets, dicom, intake, nifti, refusals, volumes
 from lib.errors import CourseError
 from lib.preprocessing import Recipe
@@ -136,6 +137,7 @@ def test_a_folder_that_may_not_be_listed_is_refused(subjects, course_root):
         assert f"{subjects}/p1" in refused("F01", datasets.find_subjects, subjects)
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")
 @pytest.mark.parametrize("name", SERIES)
 def test_a_broken_series_is_refused_by_name_and_an_odd_one_is_read(tmp_path, name):
     code, change = SERIES[name]
@@ -147,6 +149,46 @@ def test_a_broken_series_is_refused_by_name_and_an_odd_one_is_read(tmp_path, nam
     volume = dicom.read(folder)
     np.testing.assert_array_equal(volume.voxels, malformed_folders.PLANES.transpose(2, 1, 0))
     np.testing.assert_allclose(volume.affine[:3, 2], [0, 0, malformed_folders.GAP_MM])
+
+
+def test_no_damage_to_a_series_is_a_traceback(tmp_path):
+    folder = malformed_folders.write_series(tmp_path / "series")
+    path = folder / "002.dcm"
+    good, random = path.read_bytes(), np.random.default_rng(0)
+    header = np.arange(len(good) - malformed_folders.PLANES[2].nbytes)
+    said = Counter()
+    for _ in range(120):
+        path.write_bytes(corruption.damaged(good, header, random, cut=True))
+        try:
+            dicom.read(folder)
+            dicom.patient(folder)
+            said["read"] += 1
+        except CourseError as error:
+            said[error.code if str(folder) in error.what else "nameless"] += 1
+    assert said.keys() >= {"D03", "D04", "D06", "D10", "read"}
+    assert "nameless" not in said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_of_damage_to_a_scan_nothing_that_can_be_seen_is_silent():
+    rows = corruption.measured(25, seed=7)
+    sums = corruption.summed(rows)
+    assert {sums["ours"][name] for name in ("silent", "lost", "traceback")} == {0}
+    assert sums["ours"]["caught"] > len(BROKEN)
+    assert sums["nibabel"]["silent"] > 10
+    assert rows[corruption.UNSEEN]["ours"]["silent"] > 15
+    assert sum(sums["ours"].values()) == len(malformed.CASES) + 2 * 25
+
+
+def test_the_benchmark_sees_what_is_silent_and_what_is_a_traceback(tmp_path, monkeypatch):
+    broken = malformed.CASES["a NaN voxel"]
+    assert corruption.outcome(corruption.ours, broken) == "caught"
+    monkeypatch.setattr(volumes, "check_voxels", lambda *_: None)
+    assert corruption.outcome(corruption.ours, broken) == "silent"
+    monkeypatch.setattr(volumes, "check_voxels", lambda *_: 1 / 0)
+    assert corruption.outcome(corruption.ours, broken) == "traceback"
+    monkeypatch.undo()
+    assert corruption.outcome(corruption.ours, malformed.CASES["good"]) == "harmless"
 
 
 @pytest.mark.parametrize(
@@ -243,12 +285,12 @@ def test_the_course_lists_what_is_broken_and_begins_nothing(subjects, home):
     assert list((home / "reports").glob("*")) == []
 
 
-@pytest.mark.parametrize("name", ["ids that differ in case", "two files for one scan"])
-def test_the_course_refuses_a_folder_that_is_not_one_thing(subjects, home, name):
-    FOLDERS[name].make(subjects)
+def test_the_course_refuses_a_folder_that_is_not_one_thing(subjects, home):
+    case = FOLDERS["ids that differ in case"]
+    case.make(subjects)
     status, said = command(home, "lib.course", "--data", subjects, "--only", "01", "--quiet")
     assert status == 2
-    assert FOLDERS[name].said in said
+    assert case.said in said
     assert left(home) == []
 
 
