@@ -15,7 +15,7 @@ import numpy as np
 from lib import acquisition as acquired
 from lib import dicom, pictures, privacy, volumes
 from lib.errors import CourseError
-from lib.refusals import refusal
+from lib.refusals import check_name, refusal
 from lib.volumes import SUFFIXES, Volume
 
 SPLITS = ("train", "validation", "test")
@@ -330,6 +330,7 @@ def _grouped(
     by_subject: dict[Path, dict[str, Path]] = {}
     odd = []
     for path in files:
+        check_name(path)
         known = meaning(path)
         if not known:
             odd.append("/".join(Path(shown(path)).parts[len(folder.parts) :]))

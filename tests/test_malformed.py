@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import corruption, malformed, malformed_folders
-from lib import cohort, datasets, dicom, intake, nifti, refusals, volumes
+from lib import cohort, datasets, dicom, intake, nifti, pictures, refusals, volumes
 from lib.errors import CourseError
 from lib.preprocessing import Recipe
 
@@ -137,6 +139,21 @@ def test_a_folder_that_may_not_be_listed_is_refused(subjects, course_root):
         assert f"{subjects}/p1" in refused("F01", datasets.find_subjects, subjects)
 
 
+def test_a_name_that_cannot_be_written_is_refused(subjects, course_root):
+    os.rename(subjects / "p1", os.fsencode(subjects) + b"/M\xfcller")
+    assert f"{subjects}/M\\xfcller" in refused("F02", intake.gather, str(subjects), **FITS)
+
+
+def test_a_picture_that_claims_to_be_huge_is_refused(tmp_path):
+    Image.new("L", (9, 9), 1).save(tmp_path / "x.png")
+    made = bytearray((tmp_path / "x.png").read_bytes())
+    made[16:24] = (60000).to_bytes(4, "big") * 2
+    made[29:33] = zlib.crc32(made[12:29]).to_bytes(4, "big")
+    (tmp_path / "x.png").write_bytes(made)
+    with pytest.raises(CourseError, match=r"x\.png is damaged"):
+        pictures.read(tmp_path / "x.png")
+
+
 @pytest.mark.filterwarnings("ignore:Invalid value for VR")
 @pytest.mark.parametrize("name", SERIES)
 def test_a_broken_series_is_refused_by_name_and_an_odd_one_is_read(tmp_path, name):
@@ -228,7 +245,7 @@ def test_every_refusal_is_provoked_by_a_case():
     codes = {case.code for case in (*malformed.CASES.values(), *FOLDERS.values())} | {
         code for code, _ in SERIES.values()
     }
-    elsewhere = {"S20", "F01", "E15"}  # above, for they need more than a file
+    elsewhere = {"S20", "F01", "F02", "E15"}  # above, for they need more than a file
     assert codes - {""} | elsewhere == refusals.REFUSALS.keys()
 
 
@@ -241,7 +258,9 @@ def test_what_reads_scans_refuses_by_the_table_alone(name):
 
 
 def test_every_code_in_lib_stands_in_the_table_and_every_row_is_used():
-    text = "".join(path.read_text() for path in (ROOT / "lib").glob("*.py") if path.name != "refusals.py")
+    files = {path.name: path.read_text() for path in (ROOT / "lib").glob("*.py")}
+    files["refusals.py"] = files["refusals.py"].partition("\ndef ")[2]
+    text = "".join(files.values())
     assert set(re.findall(r'"([SDFE]\d\d)"', text)) == refusals.REFUSALS.keys()
 
 
@@ -294,7 +313,15 @@ def test_the_course_refuses_a_folder_that_is_not_one_thing(subjects, home):
     assert left(home) == []
 
 
-def test_detection_refuses_broken_scans_one_by_one_and_the_good_one_goes_through(finished, tmp_path):
+def test_detection_refuses_a_name_that_cannot_be_written(tmp_path):
+    scan = os.fsencode(tmp_path) + b"/M\xfcller.nii"
+    call = [sys.executable, "-m", "lib.detect", scan, "--run", "tests", "--method", "dae", "--out", tmp_path / "out"]
+    ended = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "M\\xfcller.nii is not written in UTF-8" in ended.stderr
+
+
+def test_detection_refuses_broken_broken_scans_one_by_one_and_the_good_one_goes_through(finished, tmp_path):
     names = ["gzip cut at a quarter", "huge", "infinite slope", "two affines, left and right exchanged", "a NaN voxel"]
     scans = []
     for number, name in enumerate(names):
