@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel
@@ -137,15 +138,26 @@ def summed(rows: dict[str, dict[str, Counter]]) -> dict[str, dict[str, int]]:
     return {reader: {name: total[name] for name in OUTCOMES} for reader, total in totals.items()}
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without nibabel's words on headers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer random damages")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)  # nibabel's words on headers
-    rows = measured(QUICK if given.quick else FULL, given.seed)
+    with quietly():
+        rows = measured(QUICK if given.quick else FULL, given.seed)
     sums = summed(rows)
     print(f"{'':34}" + "".join(f"{name:>10}" for name in OUTCOMES))
     for kind, row in {**rows, "all but what cannot be seen": sums}.items():

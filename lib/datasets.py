@@ -265,7 +265,12 @@ def _dicom(folder: Path) -> tuple[list[Subject], list[str]]:
         return folder / named[0] if named else Path(os.path.abspath(folder))
 
     def modality(place: Path) -> str | None:
-        return _DICOM_FOLDERS.get(place.name.lower()) or dicom.weighting(dicom.facts(place))
+        if place.name.lower() in _DICOM_FOLDERS:
+            return _DICOM_FOLDERS[place.name.lower()]
+        try:
+            return dicom.weighting(dicom.facts(place))
+        except CourseError:  # nothing in it can be read: left alone, and said
+            return None
 
     files = _files(folder)
     places = [place for place in sorted({path.parent for path in files}) if dicom.is_series(place)]

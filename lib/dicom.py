@@ -19,6 +19,7 @@ from pydicom.dataset import Dataset as Header
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from lib import acquisition, privacy
+from lib.errors import CourseError
 from lib.nifti import LEAST_UPRIGHT, VOXEL_MM, upright
 from lib.refusals import refusal
 from lib.volumes import Volume, check_voxels
@@ -92,8 +93,15 @@ def is_series(path: Path) -> bool:
 
 
 def facts(folder: Path) -> dict[str, str | float]:
-    """What the scanner did, by the names in `FACTS`, from the first file of a folder."""
-    return _facts(_header(next(_files(Path(folder)))))
+    """What the scanner did, by the names in `FACTS`, from the first file of a folder that can be read; CourseError
+    where there is none."""
+    refused: CourseError | None = None
+    for path in _files(Path(folder)):
+        try:
+            return _facts(_header(path))
+        except CourseError as error:
+            refused = refused or error
+    raise refused or refusal("D01", path=shown(folder))
 
 
 def identifiers(files: Iterable[Path]) -> frozenset[str]:

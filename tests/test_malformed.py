@@ -1,6 +1,7 @@
 """Broken scans and folders: each is refused by name with its cure, or read right; good ones beside it come through."""
 
 import ast
+import json
 import os
 import pickle
 import re
@@ -13,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
@@ -168,6 +170,25 @@ def test_a_broken_series_is_refused_by_name_and_an_odd_one_is_read(tmp_path, nam
     np.testing.assert_allclose(volume.affine[:3, 2], [0, 0, malformed_folders.GAP_MM])
 
 
+def test_a_broken_slice_or_series_loses_no_other_series_of_a_folder(tmp_path):
+    for name in ("a", "b", "c"):
+        folder = malformed_folders.write_series(tmp_path / name / "scan")
+        for path in folder.iterdir():
+            header = pydicom.dcmread(path)
+            header.RepetitionTime, header.EchoTime = 4000, 100
+            header.save_as(path)
+    first = tmp_path / "b" / "scan" / "000.dcm"
+    first.write_bytes(b"rubbish")
+    assert [s.id for s in datasets.find_subjects(tmp_path).subjects] == ["a", "b", "c"]
+    assert str(first) in refused("D03", dicom.read, first.parent)
+    for path in first.parent.iterdir():
+        path.write_bytes(b"rubbish")
+    found = datasets.find_subjects(tmp_path)
+    assert [s.id for s in found.subjects] == ["a", "c"]
+    assert "left alone: b/scan" in " ".join(found.notes)
+    assert str(first) in refused("D03", dicom.facts, first.parent)
+
+
 def test_no_damage_to_a_series_is_a_traceback(tmp_path):
     folder = malformed_folders.write_series(tmp_path / "series")
     path = folder / "002.dcm"
@@ -186,10 +207,14 @@ def test_no_damage_to_a_series_is_a_traceback(tmp_path):
     assert "nameless" not in said
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_of_damage_to_a_scan_nothing_that_can_be_seen_is_silent():
-    rows = corruption.measured(25, seed=7)
-    sums = corruption.summed(rows)
+def test_of_damage_to_a_scan_nothing_that_can_be_seen_is_silent(tmp_path, monkeypatch, capsys):
+    call = ["corruption", "--quick", "--seed", "7", "--json", str(tmp_path / "figures.json")]
+    monkeypatch.setattr(corruption, "QUICK", 25)
+    monkeypatch.setattr(sys, "argv", call)
+    corruption.main()
+    sums = json.loads((tmp_path / "figures.json").read_text())
+    rows = sums.pop("rows")
+    assert "a gzip file" in capsys.readouterr().out
     assert {sums["ours"][name] for name in ("silent", "lost", "traceback")} == {0}
     assert sums["ours"]["caught"] > len(BROKEN)
     assert sums["nibabel"]["silent"] > 10
