@@ -41,7 +41,7 @@ MOST_VOXELS = 2**27  # that nibabel is asked for: it would take the memory of wh
 def ours(path: Path, case: Case) -> str:
     """What `volumes.read` makes of a file."""
     try:
-        volume = volumes.read(path, constant_allowed=case.mask)
+        volume = volumes.read(path, constant_allowed=case.mask, channel=case.channel)
     except CourseError as error:
         named = str(path) in error.what and error.cure.strip()
         return ("caught" if case.code else "lost") if named else "traceback"
@@ -58,7 +58,7 @@ def nibabel_alone(path: Path, case: Case) -> str:
         image = nibabel.load(path)
         if np.prod(image.shape, dtype=float) > MOST_VOXELS:
             return "caught"  # what would happen depends on the machine's memory; this is the better outcome
-        voxels = image.get_fdata()
+        voxels = image.get_fdata() if case.channel is None else image.get_fdata()[..., case.channel]
     except Exception:
         return "caught" if case.code else "lost"
     if case.mask or same(voxels[..., 0] if voxels.shape[3:] == (1,) else voxels, image.affine, *_meant(case)):
@@ -159,10 +159,10 @@ def main() -> None:
     with quietly():
         rows = measured(QUICK if given.quick else FULL, given.seed)
     sums = summed(rows)
-    print(f"{'':34}" + "".join(f"{name:>10}" for name in OUTCOMES))
+    print(f"{'':36}" + "".join(f"{name:>10}" for name in OUTCOMES))
     for kind, row in {**rows, "all but what cannot be seen": sums}.items():
         for reader in READERS:
-            print(f"{kind:26.26}{reader:8}" + "".join(f"{row[reader][name]:10d}" for name in OUTCOMES))
+            print(f"{kind:28}{reader:8}" + "".join(f"{row[reader][name]:10d}" for name in OUTCOMES))
     if given.json:
         given.json.write_text(json.dumps({**sums, "rows": rows}, indent=1))
 

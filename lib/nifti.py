@@ -3,7 +3,7 @@
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -23,22 +23,22 @@ MOST_PACKED = 1032  # times that deflate makes anything smaller, at most
 HEAD, PIECE = 540, 2**16  # bytes of the longer header; of a file's beginning, which hold it compressed
 
 
-def load(path: Path) -> tuple[nibabel.Nifti1Header, bytes]:
+def load(path: Path, channel: int | None = None) -> tuple[nibabel.Nifti1Header, bytes]:
     """Header and decompressed content of a NIfTI file; what the header promises is held against the file's size before
-    memory is taken. Raises CourseError naming the file for all that is wrong with either."""
+    memory is taken; `channel` as in `check_volume`. Raises CourseError naming the file for all that is wrong."""
     try:
         if not path.is_file():
             raise refusal("S01", path=path)
         with path.open("rb") as file, _unchanged(path, file):
-            return _load(path, file)
+            return _load(path, file, channel)
     except OSError as error:
         raise refusal("S02", path=path, reason=error.strerror) from error
 
 
-def _load(path: Path, file: BinaryIO) -> tuple[nibabel.Nifti1Header, bytes]:
+def _load(path: Path, file: BinaryIO, channel: int | None) -> tuple[nibabel.Nifti1Header, bytes]:
     start = file.read(PIECE)
     packed = _is_packed(path, start)
-    header = _header(path, _unpacked(path, start, HEAD, whole=False) if packed else start[:HEAD])
+    header = _header(path, _unpacked(path, start, HEAD, whole=False) if packed else start[:HEAD], channel)
     size, most = os.fstat(file.fileno()).st_size, promised(header)
     if size * (MOST_PACKED if packed else 1) < most:
         raise refusal("S18", path=path)
@@ -98,7 +98,7 @@ def _unpacked(path: Path, packed: bytes, most: int, whole: bool = True) -> bytes
     return content
 
 
-def _header(path: Path, head: bytes) -> nibabel.Nifti1Header:
+def _header(path: Path, head: bytes, channel: int | None) -> nibabel.Nifti1Header:
     """The header, examined field by field: nibabel mends silently what is wrong in it."""
     kinds = {header.sizeof_hdr: header for header in (nibabel.Nifti1Header, nibabel.Nifti2Header)}
     lengths = {int.from_bytes(head[:4], order): order for order in ("little", "big")}
@@ -112,23 +112,27 @@ def _header(path: Path, head: bytes) -> nibabel.Nifti1Header:
         raise refusal("S12", path=path)
     if magic != kind.single_magic:
         raise refusal("S11", path=path)
-    _check_kind(path, header)
-    _check_place(path, header)
+    _check_fields(path, header)
+    try:
+        affine = header.get_best_affine()
+    except (HeaderDataError, ValueError) as error:
+        raise refusal("S21", path=path) from error
+    check_volume(path, header.get_data_shape(), header.get_data_dtype(), affine, channel)
+    other = qform(header)
+    if other is not None and np.linalg.det(affine[:3, :3]) * np.linalg.det(other[:3, :3]) < 0:
+        raise refusal("S24", path=path)
     return header
 
 
-def _check_kind(path: Path, header: nibabel.Nifti1Header) -> None:
-    """One volume of intensities, stored as the header says."""
+def _check_fields(path: Path, header: nibabel.Nifti1Header) -> None:
+    """Each field by itself."""
     try:
         kind = header.get_data_dtype()
-        shape = header.get_data_shape()
-    except (HeaderDataError, ValueError, KeyError, OverflowError) as error:
+    except (HeaderDataError, KeyError) as error:
         raise refusal("S13", path=path, field="datatype", value=header["datatype"]) from error
-    rank, offset = int(header["dim"][0]), float(header["vox_offset"])
-    if 1 <= rank <= 7 and (len(shape) < 3 or min(shape[:3]) < 2):
-        raise refusal("S14", path=path, shape=shape)
+    offset = float(header["vox_offset"])
     right = {
-        "dim": 1 <= rank <= 7 and min(shape) > 0,
+        "dim": 1 <= header["dim"][0] <= 7,
         "bitpix": header["bitpix"] == 8 * kind.itemsize,
         "vox_offset": header.single_vox_offset <= offset < 2**31 and offset % 1 == 0,
         "pixdim": all(0 < edge < np.inf for edge in header["pixdim"][1:4]),
@@ -138,31 +142,32 @@ def _check_kind(path: Path, header: nibabel.Nifti1Header) -> None:
     for field, holds in right.items():
         if not holds:
             raise refusal("S13", path=path, field=field, value=header[field])
-    if (count := math.prod(shape[3:])) != 1:
-        raise refusal("S15", path=path, count=count)
-    if kind.kind not in "iuf":
-        raise refusal("S16", path=path)
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if math.isinf(slope) or (slope and math.isfinite(slope) and not math.isfinite(intercept)):  # nibabel takes it for 1
         raise refusal("S17", path=path, slope=f"{slope:g} and {intercept:g}")
-
-
-def _check_place(path: Path, header: nibabel.Nifti1Header) -> None:
-    """Voxels of a plausible size on a grid that is one."""
     if (unit := UNITS.get(int(header["xyzt_units"]) % 8)) is not None:
         raise refusal("S23", path=path, unit=unit)
-    try:
-        affine = header.get_best_affine()
-    except (HeaderDataError, ValueError) as error:
-        raise refusal("S21", path=path) from error
+
+
+def check_volume(
+    path: Path, shape: Sequence[int], kind: np.dtype, affine: np.ndarray, channel: int | None = None
+) -> None:
+    """Raise CourseError naming the file for what is no volume of intensities with voxels of a plausible size on a grid
+    that is one, whatever the format; `channel`: which volume of a 4D file, counted from 0, else it must be the only
+    one."""
+    if len(shape) < 3 or min(shape[:3]) < 2:
+        raise refusal("S14", path=path, shape=shape)
+    if channel is None and any(size != 1 for size in shape[3:]):
+        raise refusal("S15", path=path, count=math.prod(shape[3:]))
+    if channel is not None and (len(shape) != 4 or not 0 <= channel < shape[3]):
+        raise refusal("S28", path=path, number=channel + 1, shape=shape)
+    if kind.kind not in "iuf":
+        raise refusal("S16", path=path)
     sizes = nibabel.affines.voxel_sizes(affine)
     if not np.isfinite(affine).all() or not sizes.all() or upright(affine) < LEAST_UPRIGHT:
         raise refusal("S21", path=path)
     if sizes.min() < VOXEL_MM[0] or sizes.max() > VOXEL_MM[1]:
         raise refusal("S22", path=path, edges=" × ".join(f"{s:.3g}" for s in sizes))
-    other = qform(header)
-    if other is not None and np.linalg.det(affine[:3, :3]) * np.linalg.det(other[:3, :3]) < 0:
-        raise refusal("S24", path=path)
 
 
 def upright(affine: np.ndarray) -> float:

@@ -54,6 +54,7 @@ REFUSALS: dict[str, tuple[str, str]] = {
     ),
     "S26": ("{path} is constant: every voxel is {value:g}.", "Leave it out, or export the scan again."),
     "S27": ("{path} has labels above {most}, which are not kept apart.", "Number its labels from 1."),
+    "S28": ("{path} has no volume {number}: its shape is {shape}.", "Give the file that has it."),
     "D01": ("{path} holds no DICOM image.", "Give the folder of one series."),
     "D02": ("{path} holds {count} series: {each}.", "Put each into a folder of its own."),
     "D03": ("{path} is damaged, or no DICOM file.", AGAIN),

@@ -46,18 +46,19 @@ class Volume:
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
 
 
-def read(path: Path, *, constant_allowed: bool = False) -> Volume:
+def read(path: Path, *, constant_allowed: bool = False, channel: int | None = None) -> Volume:
     """Read a NIfTI file whole, its gzip checksum, header and voxels examined.
 
-    `constant_allowed`: it is a mask, which may be of one value, and whose labels must come through.
+    `constant_allowed`: it is a mask, which may be of one value, and whose labels must come through; `channel`: which
+    volume of a 4D file, counted from 0.
     Raises CourseError naming the file for any damage: a missing, empty, truncated, altered or changing
     file, more than one volume, a colour or complex image, a header that contradicts itself or the file's size, an
     affine that is no affine, a voxel edge outside 0.1 to 10 mm, NaN or infinite voxels, a constant image.
     Where the header's sform and qform differ, the sform is taken, as by nibabel and FSL, and a note says so.
     """
     path = Path(path)
-    header, content = nifti.load(path)
-    voxels = _voxels(path, header, content)
+    header, content = nifti.load(path, channel)
+    voxels = _voxels(path, header, content, channel)
     check_voxels(path, voxels, constant_allowed)
     if constant_allowed and header.get_data_dtype().kind in "iu" and abs(voxels).max() > MOST_LABEL:
         raise refusal("S27", path=path, most=MOST_LABEL)
@@ -104,8 +105,8 @@ def same_grid(shape, affine, other_shape, other_affine, tolerance: float = 0.1) 
 
 
 def _notes(header: nibabel.Nifti1Header) -> tuple[str, ...]:
-    """What of the header is not believed. Programs differ in which affine they take: nibabel, FSL and ITK since 5.2 the
-    sform, MRtrix the qform."""
+    """What of the header is not believed. Programs differ in which affine they take: nibabel, FSL and newer ITK
+    the sform, older ITK and MRtrix the qform."""
     affine, shape = header.get_best_affine(), header.get_data_shape()[:3]
     twice = header["sform_code"] and header["qform_code"]
     other = nifti.qform(header)
@@ -116,11 +117,12 @@ def _notes(header: nibabel.Nifti1Header) -> tuple[str, ...]:
     return ()
 
 
-def _voxels(path: Path, header: nibabel.Nifti1Header, content: bytes) -> np.ndarray:
+def _voxels(path: Path, header: nibabel.Nifti1Header, content: bytes, channel: int | None) -> np.ndarray:
     """Scaled as the header says, float32 [i, j, k]."""
     try:
         with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
-            scaled = np.asarray(ArrayProxy(io.BytesIO(content), header), dtype=np.float32)
+            stored = ArrayProxy(io.BytesIO(content), header)
+            scaled = np.asarray(stored if channel is None else stored[..., channel], dtype=np.float32)
     except MemoryError as error:
         raise refusal("S20", path=path, gigabytes=nifti.promised(header) / 2**30) from error
     return scaled.reshape(header.get_data_shape()[:3])

@@ -46,13 +46,13 @@ def test_a_broken_file_is_refused_by_name_with_its_cure(tmp_path, name):
     case = malformed.CASES[name]
     path = case.write(tmp_path)
     with case.around(path):
-        assert str(path) in refused(case.code, volumes.read, path, constant_allowed=case.mask)
+        assert str(path) in refused(case.code, volumes.read, path, constant_allowed=case.mask, channel=case.channel)
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_an_odd_but_good_file_is_the_good_scan(tmp_path, name):
     case = malformed.CASES[name]
-    assert case.right(volumes.read(case.write(tmp_path)))
+    assert case.right(volumes.read(case.write(tmp_path), channel=case.channel))
 
 
 def test_a_case_is_not_right_for_another_scan(tmp_path):
