@@ -175,7 +175,7 @@ def _replaced(path: Path) -> None:
 @dataclass(frozen=True)
 class Case:
     """A file: `made` gives its bytes, or `placed` writes it; `code`: its refusal, "" where it is read as the good scan;
-    `note`: what must be said of it then; `affine`: where it lies then; `mask`: whether it is read as a mask; `around`:
+    `note`: what must be said of it then; `affine`: where it lies then; `mask`, `channel`: how it is read; `around`:
     what holds while it is read."""
 
     code: str
@@ -185,6 +185,7 @@ class Case:
     affine: np.ndarray | None = None
     oriented: bool = True
     mask: bool = False
+    channel: int | None = None
     placed: Callable[[Path], object] | None = None
     around: Callable[[Path], object] = nullcontext
 
@@ -298,6 +299,8 @@ CASES: dict[str, Case] = {
     "all zero": Case("S26", lambda: _filled(0)),
     "constant": Case("S26", lambda: _filled(7)),
     "labels of 2**40": Case("S27", lambda: content(LESION.astype(np.int64) << 40), mask=True),
+    "no third volume": Case("S28", lambda: content(np.stack([VOXELS, VOXELS], axis=-1)), channel=2),
+    "no volumes to choose from": Case("S28", channel=0),
     "good": Case(""),
     "good, in gzip": _packed("", packed),
     "gzip in two streams": _packed("", lambda: packed(content()[:9000]) + packed(content()[9000:])),
@@ -311,6 +314,7 @@ CASES: dict[str, Case] = {
     "big-endian": Case("", _big_endian),
     "NIfTI-2": Case("", lambda: content(form=nibabel.Nifti2Image)),
     "one volume in 4-D": Case("", lambda: content(VOXELS[..., None])),
+    "the second of two volumes": Case("", lambda: content(np.stack([VOXELS // 2, VOXELS], axis=-1)), channel=1),
     "float64": Case("", lambda: content(VOXELS.astype(np.float64))),
     "int64": Case("", lambda: content(VOXELS.astype(np.int64))),
     "halved, with a slope of 2": Case("", lambda: patched(content(VOXELS / 2), scl_slope=2, scl_inter=0)),

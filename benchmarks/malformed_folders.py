@@ -9,7 +9,7 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
-from benchmarks.malformed import EDGE_MM, flipped, packed, scan
+from benchmarks.malformed import EDGE_MM, LESION, content, flipped, packed, patched, scan
 from lib import volumes
 
 GOOD = ("p0", "p2", "p3", "p4")  # beside p1, to which everything happens
@@ -156,6 +156,11 @@ FOLDERS: dict[str, Folder] = {
     "an empty mask": Folder("", _rewritten("seg", np.zeros_like), said="1 healthy"),
     "a mask of 255": Folder("", _rewritten("seg", lambda v: v * 255), said="Lesion labels found: 1, 255"),
     "a mask stored as float": Folder("", _rewritten("seg", lambda v: v * 4.0), said="Lesion labels found: 1, 4"),
+    "a mask with two affines": Folder(
+        "",
+        _bytes("seg", lambda made: packed(patched(content(LESION), qoffset_x=12))),
+        said=f"p1 mask: {volumes.DIFFER}",
+    ),
     "folders in a ring": Folder("", _ring),
     "files of other kinds beside": Folder("", _beside),
     "a name with spaces and letters": Folder("", _called("Käse 脳 (2)")),

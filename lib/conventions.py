@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from lib import dicom, pictures, privacy
+from lib.errors import CourseError
 from lib.subjects import BRAIN, LESION, MASK_FOLDERS, MODALITIES, SCAN_FOLDERS, UNNAMED, Found, Subject, grouped, some
 from lib.volumes import SUFFIXES
 
@@ -164,7 +165,12 @@ def series(folder: Path, files: list[Path]) -> Found:
         return folder / named[0] if named else Path(os.path.abspath(folder))
 
     def modality(place: Path) -> str | None:
-        return DICOM_FOLDERS.get(place.name.lower()) or dicom.weighting(dicom.facts(place))
+        if place.name.lower() in DICOM_FOLDERS:
+            return DICOM_FOLDERS[place.name.lower()]
+        try:
+            return dicom.weighting(dicom.facts(place))
+        except CourseError:  # nothing in it can be read: left alone, and said
+            return None
 
     others = (*SUFFIXES, *pictures.SUFFIXES, *pictures.STACK_SUFFIXES)
     possible = sorted({path.parent for path in files if not path.name.lower().endswith(others)})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lib
 from lib.errors import CourseError
+from lib.refusals import check_name
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,6 +97,8 @@ def _run(text: str) -> Path:
 
 def _jobs(given: argparse.Namespace) -> dict[Path, Path]:
     """The folder for the results of each scan."""
+    for path in (*given.scans, given.out):
+        check_name(path)
     if len(given.scans) == 1:
         return {given.scans[0]: given.out}
     if given.others or given.mask:

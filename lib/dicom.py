@@ -4,6 +4,7 @@ After DICOM PS3.3: C.7.6.2 (image plane), C.7.6.16 (functional groups of enhance
 header, nothing that names a person, place or day is kept or said: of `FACTS` what `acquisition` knows, and the grid.
 """
 
+import struct
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ import nibabel
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset as Header
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from lib import acquisition, privacy
+from lib.errors import CourseError
 from lib.nifti import LEAST_UPRIGHT, VOXEL_MM, upright
 from lib.refusals import refusal
 from lib.volumes import Volume, check_voxels
@@ -39,7 +41,7 @@ LONG_ECHO_MS, LONG_REPETITION_MS, FLUID_NULLED_MS = 60, 1500, 1500
 SUFFIXES = (".dcm", ".ima", ".dicom")
 UNREADABLE = (
     *(InvalidDicomError, OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, ArithmeticError),
-    *(RuntimeError, NotImplementedError),
+    *(RuntimeError, NotImplementedError, struct.error, BytesLengthException),
 )
 
 
@@ -91,8 +93,15 @@ def is_series(path: Path) -> bool:
 
 
 def facts(folder: Path) -> dict[str, str | float]:
-    """What the scanner did, by the names in `FACTS`, from the first file of a folder."""
-    return _facts(_header(next(_files(Path(folder)))))
+    """What the scanner did, by the names in `FACTS`, from the first file of a folder that can be read; CourseError
+    where there is none."""
+    refused: CourseError | None = None
+    for path in _files(Path(folder)):
+        try:
+            return _facts(_header(path))
+        except CourseError as error:
+            refused = refused or error
+    raise refused or refusal("D01", path=shown(folder))
 
 
 def identifiers(files: Iterable[Path]) -> frozenset[str]:
@@ -127,7 +136,7 @@ def find_series(folder: Path) -> list[Series]:
     headers: dict[str, list[tuple[Path, Header]]] = {}
     for path in _files(Path(folder)):
         header = _header(path)
-        headers.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
+        headers.setdefault(str(_said(header, "SeriesInstanceUID")), []).append((path, header))
     if not headers:
         raise refusal("D01", path=shown(folder))
     found = [_series(images) for images in headers.values()]
@@ -156,7 +165,7 @@ def volume(series: Series) -> Volume:
             decoded = {frame.path: _pixels(frame.path)}
         planes.append(decoded[frame.path][frame.number] * frame.slope + frame.intercept)
     voxels = np.stack(planes).transpose(2, 1, 0).astype(np.float32)
-    voxels = _evened(voxels, series.frames)
+    voxels = _evened(voxels, series.frames) if series.oriented else voxels
     place = series.frames[0].path.parent
     check_voxels(Path(privacy.shown(place, patient(place))), voxels)
     return Volume(voxels, series.affine, series.oriented, series.notes)
@@ -204,11 +213,12 @@ def _identifiers(path: Path) -> frozenset[str]:
 def _header(path: Path) -> Header:
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True)
+        grey = header.get("PhotometricInterpretation") in MONOCHROME and header.get("SamplesPerPixel", 1) == 1
     except UNREADABLE:
         raise refusal("D03", path=shown(path)) from None
     if "Rows" not in header or "Columns" not in header:
         raise refusal("D04", path=shown(path))
-    if header.get("PhotometricInterpretation") not in MONOCHROME or header.get("SamplesPerPixel", 1) != 1:
+    if not grey:
         raise refusal("D05", path=shown(path))
     return header
 
@@ -223,7 +233,10 @@ def _series(images: list[tuple[Path, Header]]) -> Series:
         notes = _check_gaps(frames)
     else:
         notes = ["The headers do not say where the slices lie; their order in the file is taken."]
-    affine = _affine(frames, _step(frames, first, oriented), oriented)
+    try:
+        affine = _affine(frames, _step(frames, first, oriented), oriented)
+    except UNREADABLE:
+        raise refusal("D06", path=shown(frames[0].path)) from None
     _check_affine(frames[0].path, affine)
     return Series(tuple(frames), _facts(first), tuple(notes), affine, oriented)
 
@@ -358,17 +371,15 @@ def _pixels(path: Path) -> np.ndarray:
     try:
         header = pydicom.dcmread(path)
         pixels = header.pixel_array.astype(np.float32)
+        most = 2 ** int(header.BitsStored) - 1
     except UNREADABLE:
         raise refusal("D10", path=shown(path)) from None
     pixels = pixels.reshape(-1, *pixels.shape[-2:])
-    inverted = header.PhotometricInterpretation == "MONOCHROME1"
-    return 2 ** int(header.BitsStored) - 1 - pixels if inverted else pixels
+    return most - pixels if header.PhotometricInterpretation == "MONOCHROME1" else pixels
 
 
 def _evened(voxels: np.ndarray, frames: tuple[Frame, ...]) -> np.ndarray:
     """Slices at even distances, interpolated linearly where those of the scan are not."""
-    if frames[0].position is None or len(frames) < 2:
-        return voxels
     heights = np.array([frame.height for frame in frames])
     if not _uneven(np.diff(heights)):
         return voxels

@@ -9,7 +9,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from lib.errors import CourseError
-from lib.nifti import check_affine, check_shape, check_stored
+from lib.nifti import check_volume
 from lib.refusals import AGAIN
 from lib.volumes import Volume, check_voxels
 
@@ -43,7 +43,7 @@ def read_analyze(path: Path, *, constant_allowed: bool = False) -> Volume:
     try:
         image = nibabel.load(path)
         turned = not isinstance(image, nibabel.Nifti1Pair) and bytes(image.header["orient"]) not in TRANSVERSE
-        _check(path, image.shape, image.get_data_dtype(), image.affine)
+        check_volume(path, image.shape, image.get_data_dtype(), image.affine)
         voxels = np.asarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
     except (ImageFileError, WrapStructError, HeaderDataError, OSError, ValueError, KeyError, OverflowError) as error:
         raise CourseError(f"{path} is damaged, or no Analyze image.", AGAIN) from error
@@ -77,13 +77,7 @@ def read_meta(path: Path, *, constant_allowed: bool = False) -> Volume:
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # from left, posterior, superior
-    _check(path, voxels.T.shape, voxels.dtype, affine)
+    check_volume(path, voxels.T.shape, voxels.dtype, affine)
     voxels = np.ascontiguousarray(voxels.T, dtype=np.float32)
     check_voxels(path, voxels, constant_allowed)
     return Volume(voxels, affine)
-
-
-def _check(path: Path, shape: tuple[int, ...], kind: np.dtype, affine: np.ndarray) -> None:
-    check_shape(path, shape)
-    check_stored(path, shape, kind)
-    check_affine(path, affine)

@@ -3,7 +3,7 @@
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -25,7 +25,7 @@ HEAD, PIECE = 540, 2**16  # bytes of the longer header; of a file's beginning, w
 
 def load(path: Path, channel: int | None = None) -> tuple[nibabel.Nifti1Header, bytes]:
     """Header and decompressed content of a NIfTI file; what the header promises is held against the file's size before
-    memory is taken; `channel`: which volume of a 4D file is wanted. Raises CourseError naming the file for all that is wrong with either."""
+    memory is taken; `channel` as in `check_volume`. Raises CourseError naming the file for all that is wrong."""
     try:
         if not path.is_file():
             raise refusal("S01", path=path)
@@ -112,23 +112,27 @@ def _header(path: Path, head: bytes, channel: int | None) -> nibabel.Nifti1Heade
         raise refusal("S12", path=path)
     if magic != kind.single_magic:
         raise refusal("S11", path=path)
-    _check_kind(path, header, channel)
-    _check_place(path, header)
+    _check_fields(path, header)
+    try:
+        affine = header.get_best_affine()
+    except (HeaderDataError, ValueError) as error:
+        raise refusal("S21", path=path) from error
+    check_volume(path, header.get_data_shape(), header.get_data_dtype(), affine, channel)
+    other = qform(header)
+    if other is not None and np.linalg.det(affine[:3, :3]) * np.linalg.det(other[:3, :3]) < 0:
+        raise refusal("S24", path=path)
     return header
 
 
-def _check_kind(path: Path, header: nibabel.Nifti1Header, channel: int | None) -> None:
-    """One volume of intensities, stored as the header says."""
+def _check_fields(path: Path, header: nibabel.Nifti1Header) -> None:
+    """Each field by itself."""
     try:
         kind = header.get_data_dtype()
-        shape = header.get_data_shape()
-    except (HeaderDataError, ValueError, KeyError, OverflowError) as error:
+    except (HeaderDataError, KeyError) as error:
         raise refusal("S13", path=path, field="datatype", value=header["datatype"]) from error
-    rank, offset = int(header["dim"][0]), float(header["vox_offset"])
-    if 1 <= rank <= 7:
-        check_shape(path, shape)
+    offset = float(header["vox_offset"])
     right = {
-        "dim": 1 <= rank <= 7 and min(shape) > 0,
+        "dim": 1 <= header["dim"][0] <= 7,
         "bitpix": header["bitpix"] == 8 * kind.itemsize,
         "vox_offset": header.single_vox_offset <= offset < 2**31 and offset % 1 == 0,
         "pixdim": all(0 < edge < np.inf for edge in header["pixdim"][1:4]),
@@ -138,49 +142,32 @@ def _check_kind(path: Path, header: nibabel.Nifti1Header, channel: int | None) -
     for field, holds in right.items():
         if not holds:
             raise refusal("S13", path=path, field=field, value=header[field])
-    check_stored(path, shape, kind, channel)
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if math.isinf(slope) or (slope and math.isfinite(slope) and not math.isfinite(intercept)):  # nibabel takes it for 1
         raise refusal("S17", path=path, slope=f"{slope:g} and {intercept:g}")
+    if (unit := UNITS.get(int(header["xyzt_units"]) % 8)) is not None:
+        raise refusal("S23", path=path, unit=unit)
 
 
-def check_shape(path: Path, shape: tuple[int, ...]) -> None:
-    """Raise CourseError naming the file for what is no volume."""
+def check_volume(
+    path: Path, shape: Sequence[int], kind: np.dtype, affine: np.ndarray, channel: int | None = None
+) -> None:
+    """Raise CourseError naming the file for what is no volume of intensities with voxels of a plausible size on a grid
+    that is one, whatever the format; `channel`: which volume of a 4D file, counted from 0, else it must be the only
+    one."""
     if len(shape) < 3 or min(shape[:3]) < 2:
         raise refusal("S14", path=path, shape=shape)
-
-
-def check_stored(path: Path, shape: tuple[int, ...], kind: np.dtype, channel: int | None = None) -> None:
-    """Raise CourseError naming the file for several volumes, or none of that `channel`, and for what is not grey."""
-    if channel is not None and not (len(shape) == 4 and channel < shape[3]):
+    if channel is None and any(size != 1 for size in shape[3:]):
+        raise refusal("S15", path=path, count=math.prod(shape[3:]))
+    if channel is not None and (len(shape) != 4 or not 0 <= channel < shape[3]):
         raise refusal("S28", path=path, number=channel + 1, shape=shape)
-    if channel is None and (count := math.prod(shape[3:])) != 1:
-        raise refusal("S15", path=path, count=count)
     if kind.kind not in "iuf":
         raise refusal("S16", path=path)
-
-
-def check_affine(path: Path, affine: np.ndarray) -> None:
-    """Raise CourseError naming the file for an affine that is none, and for voxels of no plausible size."""
     sizes = nibabel.affines.voxel_sizes(affine)
     if not np.isfinite(affine).all() or not sizes.all() or upright(affine) < LEAST_UPRIGHT:
         raise refusal("S21", path=path)
     if sizes.min() < VOXEL_MM[0] or sizes.max() > VOXEL_MM[1]:
         raise refusal("S22", path=path, edges=" × ".join(f"{s:.3g}" for s in sizes))
-
-
-def _check_place(path: Path, header: nibabel.Nifti1Header) -> None:
-    """Voxels of a plausible size on a grid that is one."""
-    if (unit := UNITS.get(int(header["xyzt_units"]) % 8)) is not None:
-        raise refusal("S23", path=path, unit=unit)
-    try:
-        affine = header.get_best_affine()
-    except (HeaderDataError, ValueError) as error:
-        raise refusal("S21", path=path) from error
-    check_affine(path, affine)
-    other = qform(header)
-    if other is not None and np.linalg.det(affine[:3, :3]) * np.linalg.det(other[:3, :3]) < 0:
-        raise refusal("S24", path=path)
 
 
 def upright(affine: np.ndarray) -> float:

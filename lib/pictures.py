@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from lib.errors import CourseError
 from lib.refusals import AGAIN
@@ -16,7 +17,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 BRAIN_MM = 170.0  # longest edge of an adult's brain in the axial slices that show most of it
 UNREADABLE = (
     *(OSError, ValueError, SyntaxError, EOFError, MemoryError, RuntimeError, TypeError, LookupError, ArithmeticError),
-    *(AttributeError, struct.error, zlib.error),
+    *(AttributeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 NO_SIZE = (
     f"A picture has no voxel size: its brain is taken to be {BRAIN_MM:.0f} mm long, and nothing in it is measured."

@@ -1,6 +1,8 @@
 """Every refusal of scans and folders, by its code: what is wrong, and the cure. `docs/refusals.md` is this table."""
 
+import os
 import re
+from pathlib import Path
 
 from lib.errors import CourseError
 
@@ -69,6 +71,7 @@ REFUSALS: dict[str, tuple[str, str]] = {
     ),
     "D12": ("{path} says of two axes of its slices that they are one.", AGAIN),
     "F01": ("{path} cannot be opened: {reason}.", "Check the folder's permissions and the disk."),
+    "F02": ("The name of {path} is not written in UTF-8.", "Rename it, in plain letters."),
     "E01": (
         "{path} has negative intensities, as after a z-score.",
         "Give the scan from before, or shift its brain above 0.",
@@ -120,6 +123,14 @@ def words(code: str, **fields) -> tuple[str, str]:
 def refusal(code: str, **fields) -> CourseError:
     """The error to raise, by its code in REFUSALS."""
     return CourseError(*words(code, **fields), code)
+
+
+def check_name(path: Path) -> None:
+    """Refuse a path that cannot be written into a report or a table."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise refusal("F02", path=os.fsencode(path).decode(errors="backslashreplace")) from error
 
 
 def page() -> str:

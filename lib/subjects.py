@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lib import privacy
 from lib.errors import CourseError
-from lib.refusals import refusal
+from lib.refusals import check_name, refusal
 
 MODALITIES = ("T1", "T1ce", "T2", "FLAIR", "PD", "CT")
 UNNAMED = "unknown"  # the modality of scans whose names and headers do not say it
@@ -85,6 +85,7 @@ def grouped(
     by_subject: dict[Path, dict[str, Path]] = {}
     odd, clash, understood = [], None, 0
     for path in files:
+        check_name(path)
         known = meaning(path)
         if not known:
             odd.append("/".join(Path(shown(path)).parts[len(folder.parts) :]))

@@ -105,8 +105,8 @@ def same_grid(shape, affine, other_shape, other_affine, tolerance: float = 0.1) 
 
 
 def _notes(header: nibabel.Nifti1Header) -> tuple[str, ...]:
-    """What of the header is not believed. Programs differ in which affine they take: nibabel, FSL and ITK since 5.2 the
-    sform, MRtrix the qform."""
+    """What of the header is not believed. Programs differ in which affine they take: nibabel, FSL and newer ITK
+    the sform, older ITK and MRtrix the qform."""
     affine, shape = header.get_best_affine(), header.get_data_shape()[:3]
     twice = header["sform_code"] and header["qform_code"]
     other = nifti.qform(header)

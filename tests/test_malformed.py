@@ -1,6 +1,7 @@
 """Broken scans and folders: each is refused by name with its cure, or read right; good ones beside it come through."""
 
 import ast
+import json
 import os
 import pickle
 import re
@@ -8,13 +9,17 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
+from PIL import Image
 
-from benchmarks import malformed, malformed_folders
-from lib import cohort, datasets, dicom, intake, nifti, refusals, volumes
+from benchmarks import corruption, malformed, malformed_folders
+from lib import cohort, datasets, dicom, intake, nifti, pictures, refusals, volumes
 from lib.errors import CourseError
 from lib.preprocessing import Recipe
 
@@ -41,13 +46,13 @@ def test_a_broken_file_is_refused_by_name_with_its_cure(tmp_path, name):
     case = malformed.CASES[name]
     path = case.write(tmp_path)
     with case.around(path):
-        assert str(path) in refused(case.code, volumes.read, path, constant_allowed=case.mask)
+        assert str(path) in refused(case.code, volumes.read, path, constant_allowed=case.mask, channel=case.channel)
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_an_odd_but_good_file_is_the_good_scan(tmp_path, name):
     case = malformed.CASES[name]
-    assert case.right(volumes.read(case.write(tmp_path)))
+    assert case.right(volumes.read(case.write(tmp_path), channel=case.channel))
 
 
 def test_a_case_is_not_right_for_another_scan(tmp_path):
@@ -128,14 +133,34 @@ def test_of_a_folder_nothing_but_the_broken_subject_is_lost(subjects, course_roo
         assert case.code or (len(gathered.subjects) == 5 and case.said in " ".join(gathered.notes))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser may become nobody")
-def test_a_folder_that_may_not_be_listed_is_refused(subjects, course_root):
-    for place in [subjects, *subjects.parents][:4]:
-        place.chmod(0o755)
-    with malformed.locked(subjects / "p1"):
-        assert f"{subjects}/p1" in refused("F01", datasets.find_subjects, subjects)
+def test_a_folder_that_may_not_be_listed_is_refused(subjects, monkeypatch):
+    really = os.scandir
+
+    def scandir(place):
+        if Path(place).name == "p1":
+            raise PermissionError(13, "Permission denied", str(place))
+        return really(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert f"{subjects}/p1 cannot be opened: Permission denied" in refused("F01", datasets.find_subjects, subjects)
 
 
+def test_a_name_that_cannot_be_written_is_refused(subjects, course_root):
+    os.rename(subjects / "p1", os.fsencode(subjects) + b"/M\xfcller")
+    assert f"{subjects}/M\\xfcller" in refused("F02", intake.gather, str(subjects), **FITS)
+
+
+def test_a_picture_that_claims_to_be_huge_is_refused(tmp_path):
+    Image.new("L", (9, 9), 1).save(tmp_path / "x.png")
+    made = bytearray((tmp_path / "x.png").read_bytes())
+    made[16:24] = (60000).to_bytes(4, "big") * 2
+    made[29:33] = zlib.crc32(made[12:29]).to_bytes(4, "big")
+    (tmp_path / "x.png").write_bytes(made)
+    with pytest.raises(CourseError, match=r"x\.png is damaged"):
+        pictures.read(tmp_path / "x.png")
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")
 @pytest.mark.parametrize("name", SERIES)
 def test_a_broken_series_is_refused_by_name_and_an_odd_one_is_read(tmp_path, name):
     code, change = SERIES[name]
@@ -147,6 +172,69 @@ def test_a_broken_series_is_refused_by_name_and_an_odd_one_is_read(tmp_path, nam
     volume = dicom.read(folder)
     np.testing.assert_array_equal(volume.voxels, malformed_folders.PLANES.transpose(2, 1, 0))
     np.testing.assert_allclose(volume.affine[:3, 2], [0, 0, malformed_folders.GAP_MM])
+
+
+def test_a_broken_slice_or_series_loses_no_other_series_of_a_folder(tmp_path):
+    for name in ("a", "b", "c"):
+        folder = malformed_folders.write_series(tmp_path / name / "scan")
+        for path in folder.iterdir():
+            header = pydicom.dcmread(path)
+            header.RepetitionTime, header.EchoTime = 4000, 100
+            header.save_as(path)
+    first = tmp_path / "b" / "scan" / "000.dcm"
+    first.write_bytes(b"rubbish")
+    assert [s.id for s in datasets.find_subjects(tmp_path).subjects] == ["a", "b", "c"]
+    assert str(first) in refused("D03", dicom.read, first.parent)
+    for path in first.parent.iterdir():
+        path.write_bytes(b"rubbish")
+    found = datasets.find_subjects(tmp_path)
+    assert [s.id for s in found.subjects] == ["a", "c"]
+    assert "left alone: b/scan" in " ".join(found.notes)
+    assert str(first) in refused("D03", dicom.facts, first.parent)
+
+
+def test_no_damage_to_a_series_is_a_traceback(tmp_path):
+    folder = malformed_folders.write_series(tmp_path / "series")
+    path = folder / "002.dcm"
+    good, random = path.read_bytes(), np.random.default_rng(0)
+    header = np.arange(len(good) - malformed_folders.PLANES[2].nbytes)
+    said = Counter()
+    for _ in range(120):
+        path.write_bytes(corruption.damaged(good, header, random, cut=True))
+        try:
+            dicom.read(folder)
+            dicom.patient(folder)
+            said["read"] += 1
+        except CourseError as error:
+            said[error.code if str(folder) in error.what else "nameless"] += 1
+    assert said.keys() >= {"D03", "D04", "D06", "D10", "read"}
+    assert "nameless" not in said
+
+
+def test_of_damage_to_a_scan_nothing_that_can_be_seen_is_silent(tmp_path, monkeypatch, capsys):
+    call = ["corruption", "--quick", "--seed", "7", "--json", str(tmp_path / "figures.json")]
+    monkeypatch.setattr(corruption, "QUICK", 25)
+    monkeypatch.setattr(sys, "argv", call)
+    corruption.main()
+    sums = json.loads((tmp_path / "figures.json").read_text())
+    rows = sums.pop("rows")
+    assert "a gzip file" in capsys.readouterr().out
+    assert {sums["ours"][name] for name in ("silent", "lost", "traceback")} == {0}
+    assert sums["ours"]["caught"] > len(BROKEN)
+    assert sums["nibabel"]["silent"] > 10
+    assert rows[corruption.UNSEEN]["ours"]["silent"] > 15
+    assert sum(sums["ours"].values()) == len(malformed.CASES) + 2 * 25
+
+
+def test_the_benchmark_sees_what_is_silent_and_what_is_a_traceback(tmp_path, monkeypatch):
+    broken = malformed.CASES["a NaN voxel"]
+    assert corruption.outcome(corruption.ours, broken) == "caught"
+    monkeypatch.setattr(volumes, "check_voxels", lambda *_: None)
+    assert corruption.outcome(corruption.ours, broken) == "silent"
+    monkeypatch.setattr(volumes, "check_voxels", lambda *_: 1 / 0)
+    assert corruption.outcome(corruption.ours, broken) == "traceback"
+    monkeypatch.undo()
+    assert corruption.outcome(corruption.ours, malformed.CASES["good"]) == "harmless"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +274,7 @@ def test_every_refusal_is_provoked_by_a_case():
     codes = {case.code for case in (*malformed.CASES.values(), *FOLDERS.values())} | {
         code for code, _ in SERIES.values()
     }
-    elsewhere = {"S20", "F01", "E15"}  # above, for they need more than a file
+    elsewhere = {"S20", "F01", "F02", "E15"}  # above, for they need more than a file
     assert codes - {""} | elsewhere == refusals.REFUSALS.keys()
 
 
@@ -199,7 +287,9 @@ def test_what_reads_scans_refuses_by_the_table_alone(name):
 
 
 def test_every_code_in_lib_stands_in_the_table_and_every_row_is_used():
-    text = "".join(path.read_text() for path in (ROOT / "lib").glob("*.py") if path.name != "refusals.py")
+    files = {path.name: path.read_text() for path in (ROOT / "lib").glob("*.py")}
+    files["refusals.py"] = files["refusals.py"].partition("\ndef ")[2]
+    text = "".join(files.values())
     assert set(re.findall(r'"([SDFE]\d\d)"', text)) == refusals.REFUSALS.keys()
 
 
@@ -243,13 +333,21 @@ def test_the_course_lists_what_is_broken_and_begins_nothing(subjects, home):
     assert list((home / "reports").glob("*")) == []
 
 
-@pytest.mark.parametrize("name", ["ids that differ in case", "two files for one scan"])
-def test_the_course_refuses_a_folder_that_is_not_one_thing(subjects, home, name):
-    FOLDERS[name].make(subjects)
+def test_the_course_refuses_a_folder_that_is_not_one_thing(subjects, home):
+    case = FOLDERS["ids that differ in case"]
+    case.make(subjects)
     status, said = command(home, "lib.course", "--data", subjects, "--only", "01", "--quiet")
     assert status == 2
-    assert FOLDERS[name].said in said
+    assert case.said in said
     assert left(home) == []
+
+
+def test_detection_refuses_a_name_that_cannot_be_written(tmp_path):
+    scan = os.fsencode(tmp_path) + b"/M\xfcller.nii"
+    call = [sys.executable, "-m", "lib.detect", scan, "--run", "tests", "--method", "dae", "--out", tmp_path / "out"]
+    ended = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "M\\xfcller.nii is not written in UTF-8" in ended.stderr
 
 
 def test_detection_refuses_broken_scans_one_by_one_and_the_good_one_goes_through(finished, tmp_path):
