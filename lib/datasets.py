@@ -161,8 +161,7 @@ def with_modalities(dataset: Dataset, asked: str = "") -> tuple[Dataset, tuple[s
     if asked:
         wanted = parse_modalities(asked)
     else:
-        usual = max(USUAL, key=lambda m: named[m])
-        wanted = ("FLAIR" if 2 * named["FLAIR"] >= total else usual,)
+        wanted = (_usual(dataset.subjects, named),)
         if named:
             had = "all" if named[wanted[0]] == total else f"{named[wanted[0]]} of {total}"
             notes.append(f"No modality was asked for; {wanted[0]} is looked at, which {had} subjects have.")
@@ -172,6 +171,15 @@ def with_modalities(dataset: Dataset, asked: str = "") -> tuple[Dataset, tuple[s
     subjects = tuple(replace(s, scans={wanted[0]: s.scans[UNNAMED]} | s.scans) if s in unnamed else s
                      for s in dataset.subjects)  # fmt: skip
     return replace(dataset, subjects=subjects, notes=(*dataset.notes, *notes)), wanted
+
+
+def _usual(subjects: Sequence[Subject], times: Mapping[str, int]) -> str:
+    """Of the modalities that either folder has: FLAIR where half of the subjects have it, else what most have."""
+    folders = [{m for s in subjects if s.origin == origin for m in s.scans} for origin in {s.origin for s in subjects}]
+    shared = [m for m in USUAL if all(m in there for there in folders)] or USUAL
+    if "FLAIR" in shared and 2 * times["FLAIR"] >= len(subjects):
+        return "FLAIR"
+    return max(shared, key=lambda m: times[m])
 
 
 def parse_modalities(text: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import nibabel
@@ -318,6 +319,13 @@ def test_a_metaimage_is_read_on_the_grid_that_simpleitk_gives_it(tmp_path):
     assert "gone.mha" in refused(datasets.read_scan, tmp_path / "gone.mha")
 
 
+def test_without_its_package_a_metaimage_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    with pytest.raises(CourseError, match=r"x_flair\.mha") as caught:
+        datasets.read_scan(tmp_path / "x_flair.mha")
+    assert "requirements-extra.txt" in caught.value.cure
+
+
 def stack(folder, slices=12, missing=(), repeat_red=False, size=64):
     """A head of rising slices, green twice as bright as red; slice 5 has a lesion."""
     folder.mkdir(parents=True)
@@ -430,6 +438,28 @@ def test_pictures_of_classes_become_subjects_of_one_slice(tmp_path, course_root)
     for subject in prepared.subjects:
         assert subject.brain.any(axis=(1, 2)).sum() == 1
         assert 0.4 < subject.brain.sum() * subject.voxel_mm[:2].prod() / (np.pi * 85**2) < 1.2
+
+
+def test_two_folders_share_the_modality_most_have_and_stay_apart(tmp_path, course_root, write_subject):
+    for i in range(3):
+        write_subject(tmp_path / "ill" / f"p{i}", seed=i, modalities=("FLAIR", "T1")[: 1 + (i < 2)])
+        write_subject(tmp_path / "well" / f"h{i}", seed=9 + i, modalities=("T1",), mask=False)
+    gathered = intake.gather(str(tmp_path / "ill"), healthy_data=str(tmp_path / "well"), size=48, pixel_mm=5.0)
+    assert gathered.modalities == ("T1",)
+    assert {s.id: s.origin for s in gathered.subjects} == {
+        **dict.fromkeys(("p0", "p1"), ""),
+        **dict.fromkeys(("h0", "h1", "h2"), datasets.HEALTHY_FOLDER),
+    }
+    assert "T1 is looked at, which 5 of 6 subjects have." in "".join(gathered.notes)
+    assert [one["subject"] for one in gathered.left_out] == ["p2"]
+
+
+def test_a_refusal_says_first_how_the_folder_was_understood(tmp_path, course_root, write_subject):
+    folder = write_subject(tmp_path / "scans" / "p0")
+    (folder / "p0_flair.nii.gz").write_bytes(b"torn")
+    what = refused(intake.gather, str(tmp_path / "scans"))
+    assert what.startswith("1 subjects in the layout brats: FLAIR 1; lesion masks 1")
+    assert "p0_flair.nii.gz is not a gzip file" in what
 
 
 SEEN = {  # folder: layout, subjects, the modality that is looked at
