@@ -38,7 +38,8 @@ _ILL_CLASSES = (
 )
 MIXED = (
     "Pictures in folders of classes come from many scanners, in several planes and modalities: what tells the classes "
-    "apart may be the frame, the size or the source of a picture, and not the disease."
+    "apart may be the frame, the size or the source of a picture, and not the disease; nor does a name say which "
+    "pictures are of one person, who may stand in two splits."
 )
 
 
@@ -70,7 +71,8 @@ def nifti(folder: Path, files: list[Path]) -> Found:
     as in `brats`, or lie in `masks`, `labels` and the like under the name of the scan."""
     scans = [path for path in files if path.name.lower().endswith(SUFFIXES)]
     loose = [path for path in scans if _lies_loose(folder, path)]
-    named = any(brats_what(path.name) in MODALITIES for path in loose)
+    scanned = [path for path in loose if brats_what(path.name) not in (LESION, BRAIN)]
+    named = 2 * sum(brats_what(path.name) in MODALITIES for path in scanned) > len(scanned)
 
     def meaning(path: Path):
         match = SCAN_NAME.fullmatch(path.name)
@@ -148,8 +150,10 @@ def first_sessions(found: Found) -> Found:
         persons.setdefault(subject.id.partition("_ses-")[0], []).append(subject)
     kept = []
     for person, sessions in persons.items():
-        first = next((s for s in sessions if s.scans), sessions[0])
-        kept.append(replace(first, id=person))
+        scanned = [s for s in sessions if s.scans] or sessions
+        loose = [s.lesion_mask for s in sessions if s.id == person] if len(scanned) == 1 else []
+        mask = next(filter(None, [scanned[0].lesion_mask, *loose]), None)
+        kept.append(replace(scanned[0], id=person, lesion_mask=mask))
     several = sum(sum(bool(s.scans) for s in sessions) > 1 for sessions in persons.values())
     said = (f"Of {several} subjects with several sessions, the first session is used.",) if several else ()
     return replace(found, subjects=tuple(kept), notes=(*found.notes, *said))

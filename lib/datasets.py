@@ -1,8 +1,7 @@
 """Where scans come from: folders, their layouts, and who belongs to train, validation and test."""
 
-import csv
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import acquisition as acquired
-from lib import conventions, dicom, formats, layouts, pictures, privacy, volumes
+from lib import conventions, dicom, formats, layouts, participants, pictures, privacy, volumes
 from lib.errors import CourseError
 from lib.layouts import LAYOUTS
 from lib.subjects import MODALITIES, UNNAMED, Subject, files_below, kinds_of, some
@@ -27,7 +26,6 @@ GAP = (
 )
 MASKED = "What lies outside the mask of the brain that came with the scan is set to 0."
 USUAL = ("FLAIR", "T2", "T1", "T1ce", "PD", "CT")  # which modality is looked at, of those that as many subjects have
-CONTROLS = ("control", "controls", "healthy", "healthy control", "healthy controls", "hc", "cn", "nc", "normal")
 _EXPECTED = (
     "a folder a subject, its files ending in _flair, _t1, _t1ce, _t2 and _seg (.nii or .nii.gz), BIDS, a folder a "
     "DICOM series, loose NIfTI files, pictures in folders as yes and no, or a public data set as it was published; "
@@ -72,7 +70,7 @@ def _find(folder: Path, layout: str) -> Dataset:
         raise CourseError(f"No scans{of} were recognised in {folder}.{kinds}", f"Expected: {_EXPECTED}.")
     if found.clash:
         raise found.clash
-    subjects, said = _with_participants(folder, _unique(found.subjects))
+    subjects, said = participants.told(folder, _unique(found.subjects))
     return _described(name, subjects, (*found.notes, *said))
 
 
@@ -161,8 +159,7 @@ def with_modalities(dataset: Dataset, asked: str = "") -> tuple[Dataset, tuple[s
     if asked:
         wanted = parse_modalities(asked)
     else:
-        usual = max(USUAL, key=lambda m: named[m])
-        wanted = ("FLAIR" if 2 * named["FLAIR"] >= total else usual,)
+        wanted = (_usual(dataset.subjects, named),)
         if named:
             had = "all" if named[wanted[0]] == total else f"{named[wanted[0]]} of {total}"
             notes.append(f"No modality was asked for; {wanted[0]} is looked at, which {had} subjects have.")
@@ -172,6 +169,15 @@ def with_modalities(dataset: Dataset, asked: str = "") -> tuple[Dataset, tuple[s
     subjects = tuple(replace(s, scans={wanted[0]: s.scans[UNNAMED]} | s.scans) if s in unnamed else s
                      for s in dataset.subjects)  # fmt: skip
     return replace(dataset, subjects=subjects, notes=(*dataset.notes, *notes)), wanted
+
+
+def _usual(subjects: Sequence[Subject], times: Mapping[str, int]) -> str:
+    """Of the modalities that either folder has: FLAIR where half of the subjects have it, else what most have."""
+    folders = [{m for s in subjects if s.origin == origin for m in s.scans} for origin in {s.origin for s in subjects}]
+    shared = [m for m in USUAL if all(m in there for there in folders)] or USUAL
+    if "FLAIR" in shared and 2 * times["FLAIR"] >= len(subjects):
+        return "FLAIR"
+    return max(shared, key=lambda m: times[m])
 
 
 def parse_modalities(text: str) -> tuple[str, ...]:
@@ -219,7 +225,7 @@ def read_splits(path: Path, subjects: set[str], called: Mapping[str, str] | None
     Raises CourseError for an unreadable file, a missing column, a subject that is in two splits or
     not in the data, and a split that is not train, validation or test.
     """
-    rows = _table(path, ",", ("subject", "split"))
+    rows = participants.table(path, ",", ("subject", "split"))
     result: dict[str, str] = {}
     for row in rows:
         subject, name = row["subject"].strip(), row["split"].strip()
@@ -251,72 +257,6 @@ def _unique(subjects: Sequence[Subject]) -> list[Subject]:
     if twice:
         raise CourseError(f"Folders share a subject's name, or differ in case only: {some(twice)}.", "Rename them.")
     return sorted(subjects, key=lambda s: s.id)
-
-
-def _with_participants(folder: Path, subjects: Sequence[Subject]) -> tuple[tuple[Subject, ...], tuple[str, ...]]:
-    """Add what `participants.tsv` says of health, site and lesion kind; notes on how it was read."""
-    path = folder / "participants.tsv"
-    if not path.exists():
-        return tuple(subjects), ()
-    listed = [{(k or "").strip().lower(): v for k, v in row.items()} for row in _table(path, "\t", ("participant_id",))]
-    rows = {row["participant_id"]: row for row in listed}
-    if len(rows) < len(listed):
-        twice = Counter(row["participant_id"] for row in listed).most_common(1)[0][0]
-        said = privacy.without(twice, frozenset().union(*(s.hidden for s in subjects)))
-        raise CourseError(f"{path} has more than one row for {said}.", "Keep one of them.")
-    told = tuple(_told(path, s, rows[s.id]) if s.id in rows else s for s in subjects)
-    return told, tuple(_by_group(told, rows))
-
-
-def _told(path: Path, subject: Subject, row: dict[str, str]) -> Subject:
-    stated = _healthy(path, row.get("healthy"))
-    stated = _by_words(row) if stated is None else stated
-    healthy = subject.healthy if stated is None else stated
-    site, kind = row.get("site") or subject.site, row.get("kind") or subject.kind
-    return replace(subject, healthy=healthy, site=site, kind=kind)
-
-
-def _by_words(row: dict[str, str]) -> bool | None:
-    """Health by the group that a row puts a subject in, or by its clinical dementia rating; None where neither is."""
-    if _group(row) in CONTROLS:
-        return True
-    try:
-        return float(row["cdr"]) == 0 if (row.get("cdr") or "").strip() else None
-    except ValueError:
-        return None
-
-
-def _group(row: dict[str, str]) -> str:
-    return (row.get("group") or row.get("diagnosis") or "").strip().lower().replace("_", " ")
-
-
-def _by_group(subjects: Sequence[Subject], rows: Mapping[str, dict[str, str]]) -> Iterator[str]:
-    groups = Counter(
-        _group(rows[s.id]) for s in subjects if s.healthy and s.id in rows and not rows[s.id].get("healthy")
-    )
-    for word, number in sorted(groups.items()):
-        if word in CONTROLS:
-            yield f"participants.tsv puts {number} subjects in the group {word!r}: they are taken to be healthy."
-
-
-def _healthy(path: Path, word: str | None) -> bool | None:
-    meaning = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": None, "n/a": None}
-    try:
-        return meaning[(word or "").strip().lower()]
-    except KeyError:
-        raise CourseError(f"{path} has {word!r} in its column healthy.", "Write 1, 0 or n/a.") from None
-
-
-def _table(path: Path, delimiter: str, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, delimiter=delimiter, restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CourseError(f"{path} cannot be read as a table.", "Give a text file with one row a subject.") from error
-    if not rows or not set(columns) <= rows[0].keys():
-        what = f"{path} has no rows with the columns {', '.join(columns)}."
-        raise CourseError(what, "Name the columns in its first line, then give one row a subject.")
-    return rows
 
 
 def _described(layout: str, subjects: Sequence[Subject], notes: Sequence[str]) -> Dataset:

@@ -304,8 +304,9 @@ class _Memory:
             self.records = {}
 
     def key(self, subject: Subject, modalities: tuple[str, ...]) -> str:
-        scans = [*(subject.scans[m] for m in subject.having(modalities)), subject.lesion_mask, subject.brain]
-        beside = [acquisition.sidecar(subject.scans[m]) for m in subject.having(modalities)]
+        paths = [subject.scans[m] for m in subject.having(modalities)]
+        scans = [*paths, subject.lesion_mask, subject.brain]
+        beside = [other for path in paths for other in (acquisition.sidecar(path), path.with_suffix(".hdr"))]
         files = [f for scan in scans if scan for f in (sorted(scan.iterdir()) if scan.is_dir() else [scan])] + beside
         seen = [(os.path.realpath(f), *_state(f)) for f in files]
         asked = [EXAMINATION, seen, modalities, subject.healthy, sorted(subject.channels.items())]

@@ -168,6 +168,8 @@ def _mslub(folder: Path, files: list[Path]) -> Found:
     """MSLUB (Lesjak 2017): patient01/[patient01_]FLAIR.nii.gz, T1W, T1WKS, T2W, consensus_gt and brainmask, in the
     forms raw, preprocessed, coregistered or MNI (long names, FLAIR_N4_…_regtoMNI.nii.gz, GOLD_STANDARD_…)."""
     scans = _nifti(files)
+    if not any(_of_mslub(path) in (LESION, BRAIN) for path in scans):
+        return Found()
     there = {form: [p for p in scans if form in p.relative_to(folder).parts] for form in _MSLUB_FORMS}
     form = next((form for form in reversed(_MSLUB_FORMS) if any(map(_of_mslub, there[form]))), None)
     several = [name for name in _MSLUB_FORMS if any(map(_of_mslub, there[name]))]
@@ -238,8 +240,9 @@ LAYOUTS: dict[str, Callable[[Path, list[Path]], Found]] = {
 
 
 def recognise(folder: Path, files: list[Path]) -> tuple[str, Found]:
-    """The layout that places most of a folder's files, the earlier in the table of two; its name is "" where none finds
-    a scan. Raises CourseError for a damaged header only where no layout is left."""
+    """The first layout of the table that places more than half as many of a folder's files as the one that places most,
+    so that neither a stray file nor a more general layout takes a folder away; its name is "" where none finds a scan.
+    Raises CourseError for a damaged header only where no layout is left."""
     found, damaged = {}, []
     for name, layout in LAYOUTS.items():
         try:
@@ -249,5 +252,6 @@ def recognise(folder: Path, files: list[Path]) -> tuple[str, Found]:
     usable = {name: one for name, one in found.items() if any(s.scans for s in one.subjects)}
     if damaged and not usable:
         raise damaged[0]
-    best = max(usable, key=lambda name: usable[name].understood, default="")
+    most = max((one.understood for one in usable.values()), default=0)
+    best = next((name for name, one in usable.items() if 2 * one.understood > most), "")
     return best, usable.get(best, Found())

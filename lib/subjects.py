@@ -47,8 +47,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Found:
-    """What a layout makes of a folder: `notes` are for people, `understood` counts the files that it can place;
-    `clash`: two of them that claim to be the same."""
+    """What a layout makes of a folder: `notes` are for people, `understood` counts the files that it can place with
+    a subject who has a scan; `clash`: two of them that claim to be the same."""
 
     subjects: tuple[Subject, ...] = ()
     notes: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ def grouped(
     """Subjects from what each scan means: a path that ends in the subject's name, and a modality, LESION or BRAIN;
     `shown`: a path for people."""
     by_subject: dict[Path, dict[str, Path]] = {}
-    odd, clash, understood = [], None, 0
+    odd, clash = [], None
     for path in files:
         check_name(path)
         known = meaning(path)
@@ -95,7 +95,7 @@ def grouped(
             both = f"{shown(there[known[1]])} and {Path(shown(path)).name}"
             clash = CourseError(f"{both} both claim to be {known[1]}.", "Keep one of them.")
         there[known[1]] = path
-        understood += 1
+    understood = sum(len(there) for there in by_subject.values() if there.keys() - {LESION, BRAIN})
     subjects = tuple(
         Subject(
             place.name,

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import nibabel
@@ -170,7 +171,7 @@ def test_one_file_more_changes_neither_the_layout_nor_whom_it_knows(tmp_path_fac
     layout, files, subjects = FOLDERS[name]
     found = datasets.find_subjects(laid_out(tmp_path_factory.mktemp("junk"), *files, junk))
     assert found.layout == layout
-    assert told(found).items() >= {s: one for s, one in subjects.items() if one[0] != "unknown"}.items()
+    assert told(found).items() >= subjects.items()
 
 
 def test_every_layout_but_those_of_dicom_has_a_folder_here():
@@ -183,6 +184,13 @@ def test_what_was_looked_for_and_what_is_there_is_said(tmp_path):
         datasets.find_subjects(tmp_path)
     assert "_flair" in caught.value.cure
     assert "layout bids" in refused(datasets.find_subjects, tmp_path, "bids")
+
+
+def test_a_mask_without_a_session_belongs_to_the_only_one(tmp_path):
+    laid_out(tmp_path, "sub-1/ses-1/anat/sub-1_ses-1_T1w.nii.gz", "derivatives/sub-1_label-lesion_mask.nii.gz")
+    assert told(datasets.find_subjects(tmp_path)) == {"sub-1": ("T1", True)}
+    laid_out(tmp_path, "sub-1/ses-2/anat/sub-1_ses-2_T1w.nii.gz")
+    assert told(datasets.find_subjects(tmp_path)) == {"sub-1": ("T1", False)}
 
 
 def test_ixi_is_healthy_and_bears_its_hospital(tmp_path):
@@ -311,6 +319,13 @@ def test_a_metaimage_is_read_on_the_grid_that_simpleitk_gives_it(tmp_path):
     assert "gone.mha" in refused(datasets.read_scan, tmp_path / "gone.mha")
 
 
+def test_without_its_package_a_metaimage_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    with pytest.raises(CourseError, match=r"x_flair\.mha") as caught:
+        datasets.read_scan(tmp_path / "x_flair.mha")
+    assert "requirements-extra.txt" in caught.value.cure
+
+
 def stack(folder, slices=12, missing=(), repeat_red=False, size=64):
     """A head of rising slices, green twice as bright as red; slice 5 has a lesion."""
     folder.mkdir(parents=True)
@@ -423,6 +438,28 @@ def test_pictures_of_classes_become_subjects_of_one_slice(tmp_path, course_root)
     for subject in prepared.subjects:
         assert subject.brain.any(axis=(1, 2)).sum() == 1
         assert 0.4 < subject.brain.sum() * subject.voxel_mm[:2].prod() / (np.pi * 85**2) < 1.2
+
+
+def test_two_folders_share_the_modality_most_have_and_stay_apart(tmp_path, course_root, write_subject):
+    for i in range(3):
+        write_subject(tmp_path / "ill" / f"p{i}", seed=i, modalities=("FLAIR", "T1")[: 1 + (i < 2)])
+        write_subject(tmp_path / "well" / f"h{i}", seed=9 + i, modalities=("T1",), mask=False)
+    gathered = intake.gather(str(tmp_path / "ill"), healthy_data=str(tmp_path / "well"), size=48, pixel_mm=5.0)
+    assert gathered.modalities == ("T1",)
+    assert {s.id: s.origin for s in gathered.subjects} == {
+        **dict.fromkeys(("p0", "p1"), ""),
+        **dict.fromkeys(("h0", "h1", "h2"), datasets.HEALTHY_FOLDER),
+    }
+    assert "T1 is looked at, which 5 of 6 subjects have." in "".join(gathered.notes)
+    assert [one["subject"] for one in gathered.left_out] == ["p2"]
+
+
+def test_a_refusal_says_first_how_the_folder_was_understood(tmp_path, course_root, write_subject):
+    folder = write_subject(tmp_path / "scans" / "p0")
+    (folder / "p0_flair.nii.gz").write_bytes(b"torn")
+    what = refused(intake.gather, str(tmp_path / "scans"))
+    assert what.startswith("1 subjects in the layout brats: FLAIR 1; lesion masks 1")
+    assert "p0_flair.nii.gz is not a gzip file" in what
 
 
 SEEN = {  # folder: layout, subjects, the modality that is looked at

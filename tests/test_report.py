@@ -377,6 +377,13 @@ def test_embedded_cohort_is_warned_of_and_real_scans_are_not(tmp_path):
     assert "never compared" not in Page(report.write(tmp_path / "r")).text
 
 
+def test_warnings_of_the_cohort_come_before_anything_else(tmp_path):
+    write_run(tmp_path / "r", {}, data=["BraTS: 12 patients"])
+    (tmp_path / "r" / "cohort.json").write_text(json.dumps({"warnings": ["Domain gap: AUROC <1.00>."]}))
+    text = Page(report.write(tmp_path / "r")).text
+    assert 0 < text.index("Domain gap: AUROC <1.00>.") < text.index("What ran on what")
+
+
 def test_main_pictures_stand_on_the_index_with_their_caption(finished):
     page = Page(finished / "index.html")
     assert len(page.alts) == 4
