@@ -10,16 +10,19 @@ from lib.intake import HEALTHY, LESION_FREE
 SIZE, SLICES = 32, 12
 
 
-def write(folder, *, healthy=(3, 2, 2), patients=3, modalities=("FLAIR",), training=HEALTHY, seed=0):
-    """Write a cohort of `healthy` subjects by split and `patients` in test (in every split where none is healthy)."""
+def write(folder, *, healthy=(3, 2, 2), patients=3, modalities=("FLAIR",), training=HEALTHY, seed=0, bare=0):
+    """Write a cohort of `healthy` subjects by split and `patients` in test (in every split where none is healthy), and
+    of `bare` patients in test whose lesions are not outlined."""
     random = np.random.default_rng(seed)
     roles = [(split, True) for split, n in zip(("train", "validation", "test"), healthy, strict=True) for _ in range(n)]
     if training == LESION_FREE:
         roles += [(split, False) for split in ("train", "validation")]
-    roles += [("test", False)] * patients
+    roles += [("test", False)] * (patients + bare)
     subjects = [
         _subject(folder / f"s{i:02d}", random, split, well, modalities) for i, (split, well) in enumerate(roles)
     ]
+    for facts in subjects[len(subjects) - bare :]:
+        _forget(folder / facts["id"], facts)
     manifest = {
         "format": cohort.FORMAT, "hash": f"cohort{seed}",
         "recipe": {"modalities": modalities, "size": SIZE, "normalisation": "p99"},
@@ -55,3 +58,10 @@ def _subject(folder, random, split, healthy, modalities):
         "prepared_lesion_ml": round(float(lesion.sum() * 0.008), 3),
         "lesion_slices": np.flatnonzero(lesion.any(axis=(1, 2))).tolist(),
     }
+
+
+def _forget(folder, facts):
+    """Take away where the lesion is."""
+    lesion = np.load(folder / "lesion.npy")
+    np.save(folder / "lesion.npy", np.zeros_like(lesion))
+    facts |= {"outlined": False, "lesion_slices": [], "prepared_lesion_ml": 0.0}

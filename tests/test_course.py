@@ -57,7 +57,7 @@ def offer(root: Path, notebooks: dict, profiles: str = "") -> None:
             HERE / "notebooks" / f"{entry.get('fixture', name[3:])}.ipynb", root / "notebooks" / f"{name}.ipynb"
         )
         lines += [f"[notebooks.{name}]", f'title = "{name[3:]}"']
-        lines += [f"{key} = {json.dumps(entry[key])}" for key in ("needs", "makes") if key in entry]
+        lines += [f"{key} = {json.dumps(entry[key])}" for key in ("needs", "after", "makes") if key in entry]
     (root / "notebooks" / "course.toml").write_text("\n".join([*lines, profiles]))
 
 
@@ -247,6 +247,19 @@ def test_notebooks_run_side_by_side_and_one_at_work_ends_whatever_the_other_does
         (lib.run_folder("one") / "go.txt").touch()
         assert process.wait(60) == (beside == "fails")
     assert record()["notebooks"]["01_waits"]["status"] == "done"
+
+
+def test_what_comes_after_another_waits_for_it_only_where_it_runs(tree, capsys):
+    offer(tree, {"01_waits": {"makes": ["waited.txt"]}, "02_makes": {"after": ["01_waits"]}})
+    assert run("--only", "02") == 0
+    with started(tree, "--jobs", "2", "--overwrite") as (process, _):
+        time.sleep(1)
+        assert record()["notebooks"]["02_makes"]["status"] == "waiting"
+        (lib.run_folder("one") / "go.txt").touch()
+        assert process.wait(60) == 0
+    (lib.run_folder("one") / "waited.txt").unlink()
+    assert run("--resume", "--only", "01") == 0
+    assert "Still to run with these settings: 02_makes" in capsys.readouterr().out
 
 
 def test_one_at_a_time_keeps_the_order(tree):

@@ -281,6 +281,61 @@ def test_scans_are_ranked_by_their_highest_hundredth(judge):
     assert found(table, "ap", "scan").value == pytest.approx(average_precision_score(truth, scores), abs=1e-4)
 
 
+def blurred(subject):
+    return ndimage.gaussian_filter(np.asarray(subject.image[0], np.float32), 1)
+
+
+def test_lesions_that_are_not_outlined_change_no_figure_but_those_of_scans(judge):
+    def by_level(**options):
+        prepared, table = judge(blurred, **options)
+        return prepared, table[table.level != "scan"].drop(columns="note").reset_index(drop=True), table
+
+    _, expected, _ = by_level()
+    prepared, figures, table = by_level(bare=2)
+    pd.testing.assert_frame_equal(figures, expected)
+    scores = [metrics.scan_score(judging.count(s, s.code)) for s in judging.tested("run", "intensity", prepared)]
+    ill = [not s.healthy for s in prepared.split("test")]
+    assert found(table, "auroc", "scan").value == pytest.approx(roc_auc_score(ill, scores))
+    assert found(table, "auroc", "scan").n == len(ill) == 7
+    assert table.note.str.endswith("2 of 5 patients have no lesion mask and count at the level of scans alone").all()
+    rows = evaluation.patients("run", prepared).set_index("patient")
+    assert rows[rows.postprocess == "none"].lesions.isna().sum() == 2
+    assert len(evaluation.test_counts("run", "intensity", prepared)) == 5
+    assert evaluation.slice_confusion("run", "intensity", prepared).sum() == 5 * 10
+
+
+def test_where_no_lesion_is_outlined_scans_alone_are_judged(judge):
+    prepared, table = judge(blurred, patients=0, bare=3)
+    assert set(table.metric[table.level == "voxel"]) == {"fpr_promised", "fpr_seen"}
+    assert set(table.level[table.metric.isin(["auroc", "ap"])]) == {"scan"}
+    assert set(evaluation.leading(table).metric) == {"auroc"}
+    assert table.note.str.contains("no subject has a lesion mask").all()
+    assert [name for name, _ in evaluation.scans_by_score("run", "intensity", prepared)][-1] in ("s07", "s08", "s09")
+    assert evaluation.paired_differences("run", prepared).empty
+
+
+def test_where_nobody_is_ill_false_alarms_alone_are_judged(judge):
+    _, table = judge(blurred, patients=0)
+    assert set(table.metric) == {
+        "fpr_promised", "fpr_seen", "false_alarms_promised", "false_alarms_seen", "false_positives_per_volume"
+    }  # fmt: skip
+    assert set(evaluation.leading(table).metric) == {"fpr_seen"}
+    assert table.note.str.contains("nobody is ill").all()
+
+
+def test_a_test_split_that_can_tell_nothing_is_refused(judge):
+    with pytest.raises(CourseError, match=r"nobody is healthy, and no lesion is outlined(.|\n)*Add lesion masks"):
+        judge(blurred, healthy=(3, 2, 0), patients=0, bare=2)
+
+
+def test_slices_of_a_patient_without_a_mask_are_no_healthy_material(judge):
+    prepared, _ = judge(blurred, training=LESION_FREE, healthy=(0, 0, 0), bare=1)
+    bare = prepared.subjects[-1]
+    assert not bare.outlined
+    assert not bare.lesion_free.any()
+    assert sum(usable.sum() for s, usable in prepared.healthy_material("test") if s.id == bare.id) == 0
+
+
 def test_paired_differences_are_those_of_the_patients(judged):
     prepared, _ = judged
     differences = evaluation.paired_differences("run", prepared)

@@ -243,6 +243,38 @@ def test_declared_health_needs_no_mask(brats, write_subject, course_root):
     assert gathered.splits["p0"] == "test"
 
 
+def test_patients_whose_lesions_are_not_outlined_are_tested_and_no_more(brats, course_root):
+    folder = brats(patients=6, healthy=3)
+    for bare in ("p1", "p4"):
+        (folder / bare / f"{bare}_seg.nii.gz").unlink()
+    participants("p1\t0", "p4\tn/a")(folder / "p0")
+    gathered = gather(folder)
+    assert gathered.splits["p1"] == "test"
+    assert [one["subject"] for one in gathered.left_out] == ["p4"]
+    assert any(note.startswith("1 of 5 patients have no lesion mask: ") for note in gathered.notes)
+
+
+def test_without_healthy_subjects_the_outlined_patients_alone_are_divided(brats, course_root):
+    folder = brats(patients=6)
+    for bare in ("p1", "p4", "p5"):
+        (folder / bare / f"{bare}_seg.nii.gz").unlink()
+    participants(*(f"{bare}\t0" for bare in ("p1", "p4", "p5")))(folder / "p0")
+    gathered = gather(folder)
+    assert {gathered.splits[s] for s in ("p1", "p4", "p5")} == {"test"}
+    assert sorted(gathered.splits[s] for s in ("p0", "p2", "p3")) == ["test", "train", "validation"]
+    assert gathered.training == LESION_FREE
+    for one in ("p0", "p2", "p3"):
+        (folder / one / f"{one}_seg.nii.gz").unlink()
+    participants(*(f"p{i}\t0" for i in range(6)))(folder / "p0")
+    assert "No subject is left for the split train" in refused(folder)
+
+
+def test_where_nobody_is_ill_the_notes_say_so(brats, course_root):
+    gathered = gather(brats(patients=0, healthy=5))
+    assert set(gathered.splits.values()) == {"train", "validation", "test"}
+    assert any(note.startswith("Nobody is ill in this data") for note in gathered.notes)
+
+
 def test_without_healthy_subjects_training_is_on_lesion_free_slices(brats, course_root):
     gathered = gather(brats(patients=5, healthy=1))
     assert gathered.training == LESION_FREE

@@ -217,6 +217,29 @@ def test_seeds_and_the_scan_s_own_grid_are_one_parameter_each(tree, whole):
     assert ap.scan.item() == pytest.approx(ap.prepared.item(), abs=0.1)
 
 
+@pytest.mark.parametrize("kind", ["no masks", "nobody ill"])
+def test_without_outlined_lesions_the_comparison_says_what_scans_allow(tree, whole, kind):
+    (embedded,) = (tree / "data" / "embedded").glob("*")
+    folder = tree / kind.replace(" ", "_")
+    shutil.copytree(embedded, folder)
+    table = pd.read_csv(folder / "participants.tsv", sep="\t", keep_default_na=False)
+    for name in table.participant_id[table.healthy == 0]:
+        if kind == "no masks":
+            (folder / name / f"{name}_seg.nii.gz").unlink()
+        else:
+            shutil.rmtree(folder / name)
+    course(tree, "--run", folder.name, "--data", str(folder), "--only", "01,03,08", *FEW)
+    results = pd.read_csv(tree / "reports" / folder.name / "results.csv", keep_default_na=False)
+    said, pictures = texts(tree / "reports" / folder.name, "08_comparison")
+    words = "no subject has a lesion mask" if kind == "no masks" else "nobody is ill among the test subjects"
+    assert words in said
+    assert words in (tree / "reports" / folder.name / "index.html").read_text()
+    assert results.note.str.contains(words).all()
+    assert not set(results.metric[results.level == "voxel"]) - {"fpr_promised", "fpr_seen"}
+    assert set(results.level[results.metric == "auroc"]) == ({"scan"} if kind == "no masks" else set())
+    assert pictures >= 10
+
+
 def test_times_are_kept_apart_from_results(whole):
     times = pd.read_csv(whole / "timings.csv", keep_default_na=False)
     assert {("03_conv_autoencoder", "ae", "fit"), ("08_comparison", "atlas_z", "maps")} <= set(
