@@ -19,6 +19,7 @@ from lib.volumes import Volume
 
 KINDS = ("", "rigid", "affine")
 FIELD_MM = 4.0  # grid on which the shading is looked for: that of 1 mm voxels shrunk by 4
+FIELD_STEPS = (50, 50, 50)  # at most, by level; a fourth level bends so finely that it takes tissue for shading
 TEMPLATE_MM = 2
 COARSE, FINE = ((4, 6.0),), ((4, 6.0), (2, 2.0))  # levels: the template shrunk by, both images smoothed by so many mm
 STEP = 0.25  # of the optimiser, the first; longer ones have left the brain
@@ -54,6 +55,7 @@ def bias_corrected(volume: Volume, brain: np.ndarray) -> Volume:
     shrink = [max(1, min(round(FIELD_MM / mm), n // 4)) for mm, n in zip(volume.voxel_mm, usable.shape, strict=True)]
     corrector = itk.N4BiasFieldCorrectionImageFilter()
     corrector.SetNumberOfThreads(1)
+    corrector.SetMaximumNumberOfIterations(FIELD_STEPS)
     corrector.Execute(itk.Shrink(image, shrink), itk.Shrink(mask, shrink))
     log_field = itk.GetArrayFromImage(corrector.GetLogBiasFieldAsImage(image)).transpose(2, 1, 0)
     corrected = volume.voxels.astype(np.float32)
