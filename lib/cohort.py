@@ -215,7 +215,7 @@ class PreparedSubject:
     @cached_property
     def lesion_free(self) -> np.ndarray:
         """Slices with brain and at least GUARD slices between them and any lesion voxel, bool [slice]."""
-        return _lesion_free(np.asarray(self.brain), self.facts["lesion_slices"])
+        return lesion_free(np.asarray(self.brain), self.facts["lesion_slices"])
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,8 @@ class Slices:
         }
 
 
-def _lesion_free(brain: np.ndarray, lesion_slices: Sequence[int]) -> np.ndarray:
+def lesion_free(brain: np.ndarray, lesion_slices: Sequence[int]) -> np.ndarray:
+    """Slices with brain and at least GUARD slices between them and any that a lesion touches, bool [slice]."""
     touched = np.zeros(len(brain), bool)
     touched[list(lesion_slices)] = True
     return brain.any(axis=(1, 2)) & ~ndimage.binary_dilation(touched, iterations=GUARD)
@@ -354,7 +355,7 @@ def _look(subject: Subject, recipe: Recipe) -> tuple[str, dict[str, np.ndarray]]
     plain = replace(recipe, normalisation="max", register="", clahe=False, slices="all")
     there = subject.having(recipe.modalities)
     prepared = _prepared(subject, replace(plain, modalities=tuple(there)))
-    usable = prepared.brain & _lesion_free(prepared.brain, prepared.lesion_slices)[:, None, None]
+    usable = prepared.brain & lesion_free(prepared.brain, prepared.lesion_slices)[:, None, None]
     way, images = recipe.normalisation, dict(zip(there, prepared.image, strict=True))
     return subject.id, {m: intensities.percentiles(one[usable], way) for m, one in images.items() if usable.any()}
 
