@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import nibabel
@@ -460,6 +461,8 @@ def _manifest(identity: str, gathered: Gathered, recipe: Recipe, folder: Path) -
             }
         )
     versions = {"numpy": np.__version__, "scipy": scipy.__version__, "nibabel": nibabel.__version__}
+    if recipe.bias or recipe.register:
+        versions |= {"SimpleITK": version("SimpleITK")}
     return {
         "format": FORMAT,
         "hash": identity,

@@ -137,6 +137,17 @@ def test_one_slice_of_a_registered_scan_keeps_its_place():
     assert 0 < one.own.brain.sum() < whole.own.brain.sum() / 10
 
 
+def test_a_square_makes_room_for_a_brain_that_lies_off_the_template_s_middle(monkeypatch):
+    scan, lesion, _, _ = turned_scan()
+    aside = nibabel.affines.from_matvec(np.eye(3), (0, 30, 0)) @ prepared("rigid").own.to_template
+    monkeypatch.setattr(registration, "to_template", lambda *_: aside)
+    result = prepare({"T1": scan}, lesion, Recipe(("T1",), pixel_mm=4.0, slice_mm=4.0, size=48, register="rigid"))
+    assert result.brain.sum() == pytest.approx(prepared("rigid").brain.sum(), rel=0.01)
+    assert not (result.brain[:, [0, -1]].any() and result.brain[:, :, [0, -1]].any())
+    with pytest.raises(CourseError, match="does not fit"):
+        prepare({"T1": scan}, lesion, Recipe(("T1",), pixel_mm=4.0, slice_mm=4.0, size=32, register="rigid"))
+
+
 def field(shape, strength=0.4):
     """A smooth shading, mean 1, `strength` from its mean to its ends along a diagonal, with a hump."""
     x, y, z = (np.linspace(-1, 1, n) for n in shape)
