@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import nibabel
@@ -227,7 +228,7 @@ class PreparedSubject:
     def lesion_free(self) -> np.ndarray:
         """Slices with brain and at least GUARD slices between them and any lesion voxel, bool [slice]; none where
         lesions are not outlined."""
-        return _lesion_free(np.asarray(self.brain), self.facts["lesion_slices"]) & self.outlined
+        return lesion_free(np.asarray(self.brain), self.facts["lesion_slices"]) & self.outlined
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,8 @@ class Slices:
         }
 
 
-def _lesion_free(brain: np.ndarray, lesion_slices: Sequence[int]) -> np.ndarray:
+def lesion_free(brain: np.ndarray, lesion_slices: Sequence[int]) -> np.ndarray:
+    """Slices with brain and at least GUARD slices between them and any that a lesion touches, bool [slice]."""
     touched = np.zeros(len(brain), bool)
     touched[list(lesion_slices)] = True
     return brain.any(axis=(1, 2)) & ~ndimage.binary_dilation(touched, iterations=GUARD)
@@ -366,7 +368,7 @@ def _look(subject: Subject, recipe: Recipe, identity: str) -> tuple[str, dict[st
     plain = replace(recipe, normalisation="max", register="", clahe=False, slices="all")
     there = subject.having(recipe.modalities)
     prepared = _prepared(subject, replace(plain, modalities=tuple(there)), identity)
-    usable = prepared.brain & _lesion_free(prepared.brain, prepared.lesion_slices)[:, None, None]
+    usable = prepared.brain & lesion_free(prepared.brain, prepared.lesion_slices)[:, None, None]
     way, images = recipe.normalisation, dict(zip(there, prepared.image, strict=True))
     return subject.id, {m: intensities.percentiles(one[usable], way) for m, one in images.items() if usable.any()}
 
@@ -477,6 +479,8 @@ def _manifest(identity: str, gathered: Gathered, recipe: Recipe, folder: Path) -
             }
         )
     versions = {"numpy": np.__version__, "scipy": scipy.__version__, "nibabel": nibabel.__version__}
+    if recipe.bias or recipe.register:
+        versions |= {"SimpleITK": version("SimpleITK")}
     return {
         "format": FORMAT,
         "hash": identity,

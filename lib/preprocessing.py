@@ -251,13 +251,17 @@ class _Grid:
     def _along_template(
         cls, brain: np.ndarray, scan_affine: np.ndarray, recipe: Recipe, target: np.ndarray, to_template: np.ndarray
     ) -> "_Grid":
-        """A square about the middle of the template's brain, slices at multiples of their distance."""
+        """A square about the middle of the template's brain, or so many pixels beside as a brain needs that reaches
+        beyond it; slices at multiples of their distance."""
         world = to_template @ scan_affine
         mm = nibabel.affines.apply_affine(world, np.argwhere(brain & ~ndimage.binary_erosion(brain)))
-        middle = registration.template_middle()[:2]
-        _check_fits(2 * abs(mm[:, :2] - middle).max(), recipe)
-        first, last = np.round(mm[:, 2].min() / target[2]), np.round(mm[:, 2].max() / target[2])
-        corner = [*(middle - target[:2] * (recipe.size - 1) / 2), first * target[2]]
+        low, high = mm.min(axis=0), mm.max(axis=0)
+        _check_fits((high - low)[:2].max(), recipe)
+        corner = registration.template_middle() - target * (recipe.size - 1) / 2
+        within = (low - corner) / target, (high - corner) / target - (recipe.size - 1)
+        corner += target * (np.ceil(within[1]).clip(0) - np.ceil(-within[0]).clip(0))
+        first, last = np.round(low[2] / target[2]), np.round(high[2] / target[2])
+        corner[2] = first * target[2]
         place = np.linalg.inv(world) @ nibabel.affines.from_matvec(np.diag(target), corner)
         shape = (recipe.size, recipe.size, int(last - first) + 1)
         return cls(place[:3, :3], place[:3, 3], shape, scan_affine, to_template)

@@ -19,6 +19,7 @@ from lib.volumes import Volume
 
 KINDS = ("", "rigid", "affine")
 FIELD_MM = 4.0  # grid on which the shading is looked for: that of 1 mm voxels shrunk by 4
+FIELD_STEPS = (50, 50, 50)  # at most, by level; a fourth level bends so finely that it takes tissue for shading
 TEMPLATE_MM = 2
 COARSE, FINE = ((4, 6.0),), ((4, 6.0), (2, 2.0))  # levels: the template shrunk by, both images smoothed by so many mm
 STEP = 0.25  # of the optimiser, the first; longer ones have left the brain
@@ -54,6 +55,7 @@ def bias_corrected(volume: Volume, brain: np.ndarray) -> Volume:
     shrink = [max(1, min(round(FIELD_MM / mm), n // 4)) for mm, n in zip(volume.voxel_mm, usable.shape, strict=True)]
     corrector = itk.N4BiasFieldCorrectionImageFilter()
     corrector.SetNumberOfThreads(1)
+    corrector.SetMaximumNumberOfIterations(FIELD_STEPS)
     corrector.Execute(itk.Shrink(image, shrink), itk.Shrink(mask, shrink))
     log_field = itk.GetArrayFromImage(corrector.GetLogBiasFieldAsImage(image)).transpose(2, 1, 0)
     corrected = volume.voxels.astype(np.float32)
@@ -69,7 +71,7 @@ def to_template(volume: Volume, brain: np.ndarray, kind: str) -> np.ndarray:
     brain smaller than the template's room to rock in. `brain`: bool [i, j, k] of the scan.
     """
     itk = toolkit()
-    inside, affine = _template_brain()
+    inside, affine = template_brain()
     (moving, moving_mask), fixed_mask = _coarse(volume, brain), _image(inside, affine)
     start = itk.CenteredTransformInitializer(
         fixed_mask, moving_mask, itk.Euler3DTransform(), itk.CenteredTransformInitializerFilter.MOMENTS
@@ -86,10 +88,16 @@ def to_template(volume: Volume, brain: np.ndarray, kind: str) -> np.ndarray:
 def template_dice(volume: Volume, brain: np.ndarray, transform: np.ndarray) -> float:
     """Overlap (Dice) of the template's brain with that of a scan, bool [i, j, k], after a transform as `to_template`
     gives it."""
-    inside, affine = _template_brain()
-    place = np.linalg.inv(transform @ volume.affine) @ affine
-    there = sample(brain.astype(np.float32), place[:3, :3], place[:3, 3], inside.shape) > 0.5
+    inside, _ = template_brain()
+    there = on_template(replace(volume, voxels=brain.astype(np.float32)), transform) > 0.5
     return float(2 * (there & inside).sum() / (there.sum() + inside.sum()))
+
+
+def on_template(volume: Volume, transform: np.ndarray) -> np.ndarray:
+    """A scan as it lies on the template's 2 mm grid after a transform, float32 [i, j, k]: for looking at."""
+    inside, affine = template_brain()
+    place = np.linalg.inv(transform @ volume.affine) @ affine
+    return sample(volume.voxels.astype(np.float32), place[:3, :3], place[:3, 3], inside.shape)
 
 
 def doubt(transform: np.ndarray, dice: float) -> str:
@@ -103,18 +111,19 @@ def doubt(transform: np.ndarray, dice: float) -> str:
 
 
 @cache
-def template_middle() -> np.ndarray:
-    """The middle of the box around the template's brain in mm, [3]."""
-    inside, affine = _template_brain()
-    return nibabel.affines.apply_affine(affine, [(s.start + s.stop - 1) / 2 for s in bounding_box(inside)])
-
-
-@cache
-def _template_brain() -> tuple[np.ndarray, np.ndarray]:
+def template_brain() -> tuple[np.ndarray, np.ndarray]:
+    """The template's brain, bool [i, j, k] at 2 mm, and its affine to mm in RAS+."""
     from nilearn import datasets
 
     mask = datasets.load_mni152_brain_mask(resolution=TEMPLATE_MM)
     return mask.get_fdata() > 0, mask.affine
+
+
+@cache
+def template_middle() -> np.ndarray:
+    """The middle of the box around the template's brain in mm, [3]."""
+    inside, affine = template_brain()
+    return nibabel.affines.apply_affine(affine, [(s.start + s.stop - 1) / 2 for s in bounding_box(inside)])
 
 
 @cache
@@ -123,7 +132,7 @@ def _template() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from nilearn import datasets
 
     image = datasets.load_mni152_template(resolution=TEMPLATE_MM)
-    inside, affine = _template_brain()
+    inside, affine = template_brain()
     return image.get_fdata() * inside, ndimage.binary_dilation(inside, iterations=MARGIN), affine
 
 

@@ -15,7 +15,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from lib import cohort, intake, volumes
+from lib import cohort, intake, intensities, volumes
 from lib.cohort import GUARD, open_cohort, prepare_cohort
 from lib.errors import CourseError
 from lib.intake import HEALTHY, LESION_FREE
@@ -391,3 +391,77 @@ def test_a_lesion_lost_in_resampling_still_guards_its_slices(write_subject, tmp_
     assert touched
     assert not subject.lesion_free[min(touched) - GUARD : max(touched) + GUARD + 1].any()
     assert subject.lesion_free.any()
+
+
+def standard_of(folder, way, **options):
+    return open_cohort(prepare_cohort(gather(folder, **options), replace(RECIPE, normalisation=way))).manifest[
+        "standard"
+    ]
+
+
+@pytest.mark.parametrize("way", intensities.STANDARDS)
+def test_a_standard_is_learnt_from_the_training_split_alone_and_from_no_lesion(brats, course_root, tmp_path, way):
+    folder = brats(patients=5)
+    splits = tmp_path / "splits.csv"
+    splits.write_text("subject,split\np0,train\np1,train\np2,validation\np3,test\np4,test\n")
+    before = standard_of(folder, way, splits=str(splits))
+    for name in ("p2", "p3"):
+        rewritten(folder / name / f"{name}_flair.nii.gz", lambda v: np.where(v > 600, 2 * v, v))
+    lesion = volumes.read(folder / "p0" / "p0_seg.nii.gz").voxels > 0
+    rewritten(folder / "p0" / "p0_flair.nii.gz", lambda v: np.where(lesion, v + 500, v))
+    again = standard_of(folder, way, splits=str(splits))
+    assert again["FLAIR"] == pytest.approx(before["FLAIR"], abs=2e-6)
+    assert len(before["FLAIR"]) == len(intensities.STANDARDS[way])
+    rewritten(folder / "p1" / "p1_flair.nii.gz", lambda v: np.where(v > 600, 2 * v, v))
+    after = standard_of(folder, way, splits=str(splits))
+    assert np.abs(np.subtract(after["FLAIR"], before["FLAIR"])).max() > 0.01
+
+
+@pytest.mark.parametrize("way", intensities.STANDARDS)
+def test_a_new_scan_gets_the_cohort_s_standard(brats, course_root, way):
+    folder = brats()
+    recipe = replace(RECIPE, normalisation=way)
+    opened = open_cohort(prepare_cohort(gather(folder), recipe))
+    one = opened.subjects[0]
+    scan = {"FLAIR": folder / one.id / f"{one.id}_flair.nii.gz"}
+    alone = cohort.prepare_scan(scan, recipe, standard=opened.manifest["standard"])
+    np.testing.assert_array_equal(alone.image, one.image)
+    other = {"FLAIR": [v**2 for v in opened.manifest["standard"]["FLAIR"]]}
+    assert (cohort.prepare_scan(scan, recipe, standard=other).image != one.image).any()
+    with pytest.raises(CourseError, match="need a standard"):
+        cohort.prepare_scan(scan, recipe)
+
+
+def test_a_registered_cohort_keeps_its_transforms_and_names_the_doubtful(brats, course_root):
+    pytest.importorskip("SimpleITK", reason="SimpleITK is not installed: pip install -r requirements-extra.txt")
+    folder = brats(patients=3)
+    gathered = gather(folder)
+    recipe = replace(RECIPE, size=64, register="affine", slice_mm=4.0)
+    opened = open_cohort(prepare_cohort(gathered, recipe))
+    plain = open_cohort(prepare_cohort(gathered, RECIPE))
+    assert opened.hash != plain.hash
+    for subject, before in zip(opened.subjects, plain.subjects, strict=True):
+        assert subject.facts["template_dice"] > 0.8
+        scale = np.linalg.det(subject.to_template[:3, :3])
+        assert subject.voxel_mm3 == pytest.approx(64 / scale)
+        assert subject.facts["prepared_lesion_ml"] == pytest.approx(before.facts["lesion_ml"], rel=0.2)
+        assert (subject.own_grid().lesion == before.own_grid().lesion).all()
+        assert before.facts["template_dice"] is None
+        assert (before.to_template == np.eye(4)).all()
+    assert cohort.registration_notes(plain) == []
+    facts = opened.subjects[0].facts | {"template_dice": 0.5}
+    doubtful = replace(opened, subjects=(replace(opened.subjects[0], facts=facts), *opened.subjects[1:]))
+    (note,) = cohort.registration_notes(doubtful)
+    assert note.startswith(opened.subjects[0].id)
+    cohort.announce("registered", opened.folder, gathered)
+    assert cohort.of_run("registered").hash == opened.hash
+
+
+def test_a_scan_prepared_alone_is_registered_alike(brats, course_root):
+    pytest.importorskip("SimpleITK", reason="SimpleITK is not installed: pip install -r requirements-extra.txt")
+    folder = brats(patients=3)
+    recipe = replace(RECIPE, size=64, register="rigid", slice_mm=4.0)
+    one = open_cohort(prepare_cohort(gather(folder), recipe)).subjects[0]
+    alone = cohort.prepare_scan({"FLAIR": folder / one.id / f"{one.id}_flair.nii.gz"}, recipe)
+    np.testing.assert_array_equal(alone.image, one.image)
+    np.testing.assert_array_equal(alone.to_template, one.to_template)

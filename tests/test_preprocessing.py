@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from sklearn.metrics import average_precision_score
 
-from lib import datasets, preprocessing, volumes
+from lib import datasets, intensities, preprocessing, volumes
 from lib.errors import CourseError
 from lib.preprocessing import NORMALISATIONS, Recipe, brain_mask, canonical, prepare, signal
 from lib.volumes import Volume
@@ -211,12 +211,58 @@ def test_a_brain_too_large_for_the_square_is_refused():
     assert caught.value.cure
 
 
+def test_a_standard_brings_scanners_together_and_keeps_the_order_of_intensities():
+    random = np.random.default_rng(0)
+    brain = np.ones((8, 20, 20), bool)
+    tissue = random.gamma(4, 1, brain.shape)
+    scanners = [tissue * gain + offset for gain, offset in ((100, 50), (30, 200), (70, 0))]
+    for way in intensities.STANDARDS:
+        standard = intensities.learnt([intensities.percentiles(s[brain], way) for s in scanners], way)
+        images = [intensities.normalised(s, brain, "FLAIR", way, standard)[0] for s in scanners]
+        assert np.diff(standard).min() > 0
+        np.testing.assert_allclose(images[0], images[1], atol=1e-3)
+        np.testing.assert_allclose(images[0], images[2], atol=1e-3)
+        order = np.argsort(tissue.ravel())
+        assert (np.diff(images[0].ravel()[order]) >= -1e-6).all()
+        assert np.percentile(images[0], 99) == pytest.approx(1, abs=0.02)
+
+
+def test_nyul_s_landmarks_are_those_of_the_paper():
+    """Two scans by hand: 1st and 99th percentile on their mean, the median where the mean of the mapped medians is."""
+    table = np.array([np.linspace(0.2, 1, 11), np.linspace(0.4, 1, 11) ** 2])
+    standard = np.array(intensities.learnt(table, "nyul"))
+    first = (0.2 + 0.16) / 2
+    middle = np.mean([first + (row[5] - row[0]) / (1 - row[0]) * (1 - first) for row in table])
+    assert intensities.STANDARDS["nyul"] == (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
+    assert standard[[0, 5, 10]] == pytest.approx([first, middle, 1], abs=1e-6)
+
+
+def test_nyul_goes_on_in_a_line_beyond_its_landmarks():
+    brain = np.ones((1, 1, 10_001), bool)
+    image = np.linspace(0.0, 1.0, 10_001)[None, None]
+    standard = np.linspace(0.1, 1, 11)
+    result, scale = intensities.normalised(image, brain, "T1", "nyul", standard)
+    assert scale == pytest.approx(0.99)
+    slope = (standard[10] - standard[9]) / 0.09
+    assert result[0, 0, -1] == pytest.approx(1 + 0.01 * slope, abs=1e-4)
+
+
+def test_a_scan_of_few_values_is_mapped_too():
+    brain = np.ones((2, 10, 10), bool)
+    image = np.repeat([[[0.0] * 10], [[1.0] * 10]], 10, axis=1)
+    for way, levels in intensities.STANDARDS.items():
+        result, _ = intensities.normalised(image, brain, "T1", way, np.linspace(0.1, 1, len(levels)))
+        assert np.isfinite(result).all()
+        assert result[1].min() > result[0].max()
+
+
 BAD_RECIPES = {
     "size": [100, 0, -16],
     "pixel_mm": [0, -1.0, float("nan"), float("inf")],
     "slice_mm": [-1.0, float("nan"), float("inf")],
     "normalisation": ["p98", ""],
     "slices": ["middle"],
+    "register": ["mni", "similarity"],
 }
 
 

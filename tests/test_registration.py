@@ -1,4 +1,4 @@
-"""Registration and shading: a known turn is found, a known field is taken off, and maps come back to where they were."""
+"""Registration and shading: a known turn is found, a known field is taken off, and maps come back to their place."""
 
 import sys
 from functools import cache
@@ -30,12 +30,12 @@ def rigid(rotation, shift):
 
 
 @cache
-def template_scan():
-    """The template's own brain at 4 mm with a bright ball in it, its mask, and the mask of the ball."""
+def template_scan(voxel_mm=4):
+    """The template's own brain with a bright ball in it, its mask, and the mask of the ball."""
     from nilearn import datasets
 
-    image = datasets.load_mni152_template(resolution=4)
-    brain = datasets.load_mni152_brain_mask(resolution=4).get_fdata() > 0
+    image = datasets.load_mni152_template(resolution=voxel_mm)
+    brain = datasets.load_mni152_brain_mask(resolution=voxel_mm).get_fdata() > 0
     mm = nibabel.affines.apply_affine(image.affine, np.moveaxis(np.indices(brain.shape), 0, -1))
     ball = brain & (np.linalg.norm(mm - (30, 10, 30), axis=-1) <= 14)
     voxels = (100 + 900 * image.get_fdata() + 900 * ball) * brain
@@ -75,8 +75,9 @@ def test_a_known_turn_is_found(kind):
 
 def test_the_same_scan_gives_the_same_transform_and_field_bit_for_bit():
     scan, _, brain, _ = turned_scan()
-    one, two = (registration.to_template(scan, brain, "affine") for _ in range(2))
-    np.testing.assert_array_equal(one, two)
+    again = registration.to_template(scan, brain, "affine")
+    np.testing.assert_array_equal(again, prepared("affine").own.to_template)
+    scan, brain, _ = template_scan(8)
     one, two = (registration.bias_corrected(scan, brain).voxels for _ in range(2))
     np.testing.assert_array_equal(one, two)
 
@@ -136,6 +137,17 @@ def test_one_slice_of_a_registered_scan_keeps_its_place():
     assert 0 < one.own.brain.sum() < whole.own.brain.sum() / 10
 
 
+def test_a_square_makes_room_for_a_brain_that_lies_off_the_template_s_middle(monkeypatch):
+    scan, lesion, _, _ = turned_scan()
+    aside = nibabel.affines.from_matvec(np.eye(3), (0, 30, 0)) @ prepared("rigid").own.to_template
+    monkeypatch.setattr(registration, "to_template", lambda *_: aside)
+    result = prepare({"T1": scan}, lesion, Recipe(("T1",), pixel_mm=4.0, slice_mm=4.0, size=48, register="rigid"))
+    assert result.brain.sum() == pytest.approx(prepared("rigid").brain.sum(), rel=0.01)
+    assert not (result.brain[:, [0, -1]].any() and result.brain[:, :, [0, -1]].any())
+    with pytest.raises(CourseError, match="does not fit"):
+        prepare({"T1": scan}, lesion, Recipe(("T1",), pixel_mm=4.0, slice_mm=4.0, size=32, register="rigid"))
+
+
 def field(shape, strength=0.4):
     """A smooth shading, mean 1, `strength` from its mean to its ends along a diagonal, with a hump."""
     x, y, z = (np.linspace(-1, 1, n) for n in shape)
@@ -148,7 +160,7 @@ def residue(scan, corrected, brain):
 
 
 def test_a_known_field_is_taken_off():
-    scan, brain, _ = template_scan()
+    scan, brain, _ = template_scan(8)
     plain = registration.bias_corrected(scan, brain)
     shaded = Volume((scan.voxels * field(brain.shape)).astype(np.float32), scan.affine)
     corrected = registration.bias_corrected(shaded, brain)
@@ -160,18 +172,18 @@ def test_a_known_field_is_taken_off():
 
 
 def test_bias_is_a_step_of_the_recipe():
-    images, lesion, affine = simulate()
-    scan = Volume((images["FLAIR"] * field(lesion.shape)).astype(np.float32), affine)
-    plain, corrected = (
-        prepare({"FLAIR": scan}, None, Recipe(pixel_mm=5.0, size=48, bias=bias)).image for bias in (False, True)
-    )
-    half = plain.shape[-1] // 2
-    sides = [abs(np.log(i[..., half:].sum() / i[..., :half].sum())) for i in (plain, corrected)]
-    assert sides[1] < 0.5 * sides[0]
+    scan, brain, _ = template_scan(8)
+    shaded = Volume((scan.voxels * field(brain.shape)).astype(np.float32), scan.affine)
+    apart = []
+    for bias in (False, True):
+        recipe = Recipe(("T1",), pixel_mm=8.0, slice_mm=8.0, size=32, bias=bias)
+        one, other = (prepare({"T1": v}, None, recipe) for v in (scan, shaded))
+        apart.append(np.abs(one.image[0] - other.image[0])[one.brain].mean())
+    assert apart[1] < 0.3 * apart[0]
 
 
 def test_thin_stacks_are_corrected_too():
-    images, lesion, affine = simulate()
+    images, _, affine = simulate()
     thin = images["FLAIR"][:, :, 11:14].astype(np.float32)
     corrected = registration.bias_corrected(Volume(thin, affine), thin > 0)
     assert np.isfinite(corrected.voxels).all()
