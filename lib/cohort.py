@@ -1,55 +1,89 @@
 """The prepared cohort on disk: written a subject at a time, opened memory-mapped."""
 
+import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 
 import nibabel
 import numpy as np
+import psutil
 import scipy
-from joblib import Parallel, delayed
 from scipy import ndimage
 
-from lib import ROOT, dicom, privacy, run_folder, volumes
+from lib import ROOT, dicom, privacy, run_folder, volumes, workers
 from lib.datasets import Subject, hidden_names, read_scan
 from lib.errors import CourseError, check_choice
 from lib.intake import BRAIN_LITRES, LESION_FREE, Gathered, examine_scan, is_healthy
 from lib.preprocessing import OwnGrid, Prepared, Recipe, between_empty, canonical, extracted, prepare
-from lib.progress import bar
 from lib.volumes import Volume
 
 FORMAT = 5  # of a subject's folder and all that is kept in it: raise it when one of them comes out differently
 LEAST_BRAIN = 0.05  # of a slice's square; emptier slices teach nothing
 GUARD = 2  # slices between a lesion and a slice that counts as lesion-free
 GRIDS = ("prepared", "scan")
+WRITING_SECONDS = 3600  # no subject takes so long to write
+OWN_BYTES = 0.03  # of a voxel of the scan's own masks, compressed
 OPEN_ARRAYS = 300  # each mapped array holds a file open, and a process may have 1024
 
 
-def prepare_cohort(gathered: Gathered, recipe: Recipe) -> Path:
+def prepare_cohort(gathered: Gathered, recipe: Recipe, cluster: str = "") -> Path:
     """Write the cohort, a subject at a time, to `data/prepared/<hash>`; what is there already is not made again.
 
-    Needs the memory of one subject a core, however many there are. Returns the cohort's folder.
+    Needs the memory of one subject a core, however many there are, and says how much of the disk. `cluster`: as in
+    workers.each. Returns the cohort's folder. Raises CourseError where the disk has too little space.
     """
     identity = _identity(gathered, recipe)
     folder = ROOT / "data" / "prepared" / identity
     waiting = [s for s in gathered.subjects if not (folder / s.id / "facts.json").exists()]
     if waiting or not (folder / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        jobs = (delayed(_prepare_subject)(s, recipe, folder) for s in waiting)
-        for _ in bar(
-            _parallel(jobs, len(waiting)), "preparing", total=len(waiting), unit="subject", disable=not waiting
-        ):
+        _clear(folder)
+        if waiting:
+            print(space([gathered.facts[s.id] for s in waiting], recipe, folder))
+        work = partial(_prepare_subject, recipe=recipe, folder=folder)
+        shared = {"cluster": cluster, "needs": [p for s in waiting for p in s.scans.values()], "writes": folder}
+        for _ in workers.each(work, waiting, what="preparing", unit="subject", **shared):
             pass
         manifest = json.dumps(_manifest(identity, gathered, recipe, folder), indent=1)
         volumes.write_bytes(folder / "manifest.json", manifest.encode())
     return folder
+
+
+def space(facts: Collection[dict], recipe: Recipe, folder: Path) -> str:
+    """How much of the disk subjects will take, of what is free where `folder` is or will be: a sentence.
+
+    `facts`: what the examination found of each. Raises CourseError where it is too little.
+    """
+    slices = [1 if recipe.slices == "largest" else _slices(one, recipe) for one in facts]
+    pixels = recipe.size**2 * sum(slices)
+    own = sum(np.prod(np.divide(one["extent_mm"], one["voxel_mm"])) for one in facts)
+    needed = pixels * (2 * len(recipe.modalities) + 2) + own * OWN_BYTES
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    count = f"{len(facts):,} subject{'s' * (len(facts) != 1)}"
+    said = f"{count} will take some {_gigabytes(needed)} of disk; {_gigabytes(free)} are free."
+    if needed > free:
+        cure = "Make room, raise pixel_mm or slice_mm, or put data/prepared on another disk by a link."
+        raise CourseError(f"The disk is too small for this cohort: {said}", cure)
+    return f"Preparing {said}"
+
+
+def _slices(found: dict, recipe: Recipe) -> float:
+    return np.ceil(found["extent_mm"][2] / (recipe.slice_mm or found["voxel_mm"][2]) - 0.1)
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
 def prepare_scan(scans: Mapping[str, Path], recipe: Recipe, brain: Path | None = None) -> "PreparedSubject":
@@ -282,21 +316,38 @@ def _identity(gathered: Gathered, recipe: Recipe) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _parallel(jobs, count: int) -> Iterator:
-    """In processes where that is worth their start."""
-    return Parallel(n_jobs=min(os.cpu_count() or 1, max(1, count // 4)), return_as="generator_unordered")(jobs)
-
-
 def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path) -> None:
+    if (folder / subject.id / "facts.json").exists():  # another run was quicker
+        return
     scans = {m: read_scan(subject.scans[m]) for m in subject.having(recipe.modalities)}
     lesion = read_scan(subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
     _write_subject(prepare(scans, lesion, recipe), folder / subject.id)
 
 
+def _half(target: Path) -> Path:
+    """A folder to write in beside `target`; its name says whose it is, as `_clear` reads it."""
+    return target.with_name(f".{target.name}-{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+@cache
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _clear(folder: Path) -> None:
+    """Remove what writers that were killed have left: those of this machine that are gone, any after an hour."""
+    for place in folder.glob(".*-*"):
+        *_, machine, process, _ = ("", "", *place.name.split("-"))
+        gone = machine == _machine() and process.isdecimal() and not psutil.pid_exists(int(process))
+        with contextlib.suppress(OSError):  # it was moved into place just now
+            if gone or time.time() - place.stat().st_mtime > WRITING_SECONDS:
+                shutil.rmtree(place)
+
+
 def _write_subject(prepared: Prepared, target: Path) -> None:
     if target.exists() and not (target / "facts.json").exists():  # damaged: whole folders are moved in at once
         shutil.rmtree(target)
-    place = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    place = _half(target)
     place.mkdir()
     np.save(place / "image.npy", prepared.image.astype(np.float16))
     np.save(place / "brain.npy", prepared.brain)
