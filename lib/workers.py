@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import platform
 import uuid
@@ -47,15 +48,29 @@ def each(
         if cluster:
             client = stack.enter_context(_client(cluster))
             _check(client, cluster, needs, writes)
-            function, workers = partial(_within, os.getcwd(), function), -1
-            place = parallel_config("dask", client=client)
+            found = _on_cluster(client, partial(_within, os.getcwd(), function), items)
         else:
-            workers = min(os.cpu_count() or 1, max(1, len(items) // FEW))
-            place = parallel_config("loky", inner_max_num_threads=1)
-        with place:
-            found = Parallel(n_jobs=workers, return_as="generator")(delayed(function)(item) for item in items)
-        with _told(cluster, what):
-            yield from bar(found, what, total=len(items), unit=unit)
+            found = _in_processes(function, items)
+        stack.enter_context(_told(cluster, what))
+        yield from bar(found, what, total=len(items), unit=unit)
+
+
+def _in_processes(function: Callable, items: list) -> Iterator:
+    workers = min(os.cpu_count() or 1, max(1, len(items) // FEW))
+    with parallel_config("loky", inner_max_num_threads=1):
+        return Parallel(n_jobs=workers, return_as="generator")(delayed(function)(item) for item in items)
+
+
+def _on_cluster(client, function: Callable, items: list) -> Iterator:
+    """By distributed itself: joblib's backend for it (1.6) works in this process where the cluster has a single worker,
+    and waits for ever where a task cannot begin."""
+    for future in client.map(function, items, pure=False):
+        while not future.done():
+            with contextlib.suppress(TimeoutError):
+                future.exception(timeout=ANSWER_SECONDS)
+            if not future.done():  # it takes long, or nobody is left to do it
+                client.wait_for_workers(1, timeout=ANSWER_SECONDS)
+        yield future.result()
 
 
 def check(cluster: str) -> None:
@@ -77,6 +92,8 @@ def _client(address: str):
     except ImportError as error:
         cure = "Install it by: pip install -r requirements-extra.txt"
         raise CourseError("A cluster needs the package distributed, which is not installed.", cure) from error
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is said by _check and _told
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other versions are told of in _check
         try:
@@ -89,7 +106,24 @@ def _client(address: str):
 
 
 def _check(client, address: str, needs: Sequence[Path], writes: Path | None) -> None:
-    """Refuse a cluster without workers, or with one that has another version or does not see the same folders."""
+    """Refuse a cluster without workers, or a member that has another version or does not see the same folders."""
+    for member, (versions, lack) in _members(client, address, needs, writes):
+        other = {name: version for name, version in versions.items() if version != about().get(name)}
+        if other:
+            cure = "Give all machines the same versions, and start scheduler and workers again."
+            unlike = ", ".join(f"{name} {version} instead of {about()[name]}" for name, version in other.items())
+            raise CourseError(f"The {member} has {unlike}.", cure)
+        if lack:
+            cure = "Mount it under the same path on every machine, for the same user."
+            raise CourseError(f"The {member} {lack}.", cure)
+
+
+def _members(client, address: str, needs: Sequence[Path], writes: Path | None) -> Iterator[tuple[str, tuple]]:
+    """What `_look` finds at the scheduler and each worker, by their names for people."""
+    try:
+        yield f"scheduler {address}", (client.run_on_scheduler(about), "")
+    except Exception as error:
+        raise CourseError(f"The scheduler {address} cannot use lib: {error}.", START) from error
     mark = writes / f".{uuid.uuid4().hex}" if writes else None
     try:
         if mark:
@@ -102,18 +136,9 @@ def _check(client, address: str, needs: Sequence[Path], writes: Path | None) -> 
     if not found:
         raise CourseError(f"The Dask scheduler at {address} has no workers.", START)
     for worker, seen in found.items():
-        if isinstance(seen, ImportError):
-            raise CourseError(f"The worker {worker} cannot use lib: {seen}.", START)
         if isinstance(seen, Exception):
-            raise CourseError(f"The worker {worker} failed: {type(seen).__name__}: {seen}", START)
-        versions, lack = seen
-        unlike = [f"{name} {versions[name]} instead of {own}" for name, own in about().items() if versions[name] != own]
-        if unlike:
-            cure = "Give all machines the same versions, and start the workers again."
-            raise CourseError(f"The worker {worker} has {', '.join(unlike)}.", cure)
-        if lack:
-            cure = "Mount it under the same path on every machine, for the same user."
-            raise CourseError(f"The worker {worker} {lack}.", cure)
+            raise CourseError(f"The worker {worker} cannot use lib: {seen}.", START)
+        yield f"worker {worker}", seen
 
 
 def _look(folder: str, needs: list[str], mark: Path | None) -> tuple[dict[str, str], str]:
@@ -139,19 +164,20 @@ def about() -> dict[str, str]:
     here = Path(__file__).parent
     code = b"".join(path.read_bytes() for path in sorted(here.rglob("*.py")))
     versions = {"python": platform.python_version()} | {name: version(name) for name in SAME}
-    return versions | {"lib": hashlib.sha256(code).hexdigest()[:12]}
+    return versions | {"the library": hashlib.sha256(code).hexdigest()[:12], "the path of lib": str(here)}
 
 
 @contextlib.contextmanager
 def _told(cluster: str, what: str):
-    """The end of a process that had work, in words."""
+    """The end of processes that had work, in words."""
     try:
         yield
     except TerminatedWorkerError as error:
         said = f"A process was ended from outside while {what}, as happens where memory runs out."
         raise CourseError(said, "Close other programs and start again; what is finished is kept.") from error
     except Exception as error:
-        if not cluster or type(error).__module__.partition(".")[0] != "distributed":
+        lost = isinstance(error, TimeoutError) or type(error).__module__.startswith("distributed.")
+        if not cluster or not lost:
             raise
         said = f"The cluster at {cluster} was lost while {what}: {type(error).__name__}."
         raise CourseError(said, "See to its workers' memory and start again; what is finished is kept.") from error
