@@ -21,7 +21,7 @@ from lib.progress import bar
 FEW = 4  # items for which no further process is worth its start
 ANSWER_SECONDS = 10  # that a scheduler and its workers have to answer
 SAME = ("numpy", "scipy", "scikit-image", "nibabel", "joblib", "distributed")  # or results and messages may differ
-START = "README.md, under 'More than one machine', says how workers are started."
+START = "README.md, under 'Many scans', says how workers are started."
 
 
 def each(
