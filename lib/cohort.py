@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
@@ -42,14 +42,12 @@ def prepare_cohort(gathered: Gathered, recipe: Recipe, cluster: str = "") -> Pat
     Needs the memory of one subject a core, however many there are, and says how much of the disk. `cluster`: as in
     workers.each. Returns the cohort's folder. Raises CourseError where the disk has too little space.
     """
-    identity = _identity(gathered, recipe)
-    folder = ROOT / "data" / "prepared" / identity
-    waiting = [s for s in gathered.subjects if not (folder / s.id / "facts.json").exists()]
+    identity, folder, waiting = _plan(gathered, recipe)
     if waiting or not (folder / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder)
         if waiting:
-            print(space([gathered.facts[s.id] for s in waiting], recipe, folder))
+            print(space(gathered, recipe))
         work = partial(_prepare_subject, recipe=recipe, folder=folder)
         shared = {"cluster": cluster, "needs": [p for s in waiting for p in s.scans.values()], "writes": folder}
         for _ in workers.each(work, waiting, what="preparing", unit="subject", **shared):
@@ -59,23 +57,31 @@ def prepare_cohort(gathered: Gathered, recipe: Recipe, cluster: str = "") -> Pat
     return folder
 
 
-def space(facts: Collection[dict], recipe: Recipe, folder: Path) -> str:
-    """How much of the disk subjects will take, of what is free where `folder` is or will be: a sentence.
+def space(gathered: Gathered, recipe: Recipe) -> str:
+    """How much of the disk the subjects that are not prepared yet will take, of what is free: a sentence.
 
-    `facts`: what the examination found of each. Raises CourseError where it is too little.
+    Raises CourseError where it is too little.
     """
+    _, folder, waiting = _plan(gathered, recipe)
+    facts = [gathered.facts[s.id] for s in waiting]
     slices = [1 if recipe.slices == "largest" else _slices(one, recipe) for one in facts]
-    pixels = recipe.size**2 * sum(slices)
     own = sum(np.prod(np.divide(one["extent_mm"], one["voxel_mm"])) for one in facts)
-    needed = pixels * (2 * len(recipe.modalities) + 2) + own * OWN_BYTES
+    needed = recipe.size**2 * sum(slices) * (2 * len(recipe.modalities) + 2) + own * OWN_BYTES
     there = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(there).free
     count = f"{len(facts):,} subject{'s' * (len(facts) != 1)}"
-    said = f"{count} will take some {_gigabytes(needed)} of disk; {_gigabytes(free)} are free."
+    said = f"{count} to prepare will take some {_gigabytes(needed)} of disk; {_gigabytes(free)} are free."
     if needed > free:
         cure = "Make room, raise pixel_mm or slice_mm, or put data/prepared on another disk by a link."
         raise CourseError(f"The disk is too small for this cohort: {said}", cure)
-    return f"Preparing {said}"
+    return said
+
+
+def _plan(gathered: Gathered, recipe: Recipe) -> tuple[str, Path, list[Subject]]:
+    """A cohort's hash, its folder, and the subjects that are not in it yet."""
+    identity = _identity(gathered, recipe)
+    folder = ROOT / "data" / "prepared" / identity
+    return identity, folder, [s for s in gathered.subjects if not (folder / s.id / "facts.json").exists()]
 
 
 def _slices(found: dict, recipe: Recipe) -> float:

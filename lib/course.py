@@ -185,7 +185,7 @@ def _examine(values: dict, quiet: bool) -> list[str]:
     with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
         gathered = intake.gather(**{name: value for name, value in values.items() if name in known})
         print("\n".join(gathered.notes))
-        print(cohort.space([gathered.facts[s.id] for s in gathered.subjects], recipe, lib.ROOT / "data"))
+        print(cohort.space(gathered, recipe))
     return list(gathered.notes)
 
 

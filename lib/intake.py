@@ -103,9 +103,9 @@ def examine(
 
     A record has `problems` (pairs of what and cure, empty for a good subject), `checksums` of the voxels by modality,
     `identity` (a checksum of all voxels and grids, the lesion mask's too), `brain_litres`, `extent_mm` and `voxel_mm`
-    (right, anterior, superior), `lesion_ml`,
-    `lesion_outside_brain_ml`, `lesion_labels`, `unoriented` (files whose axes are assumed), and by modality
-    `acquisition` (facts as `datasets.acquisition`), `series` (slices and mm of a DICOM series), `notes` (of reading).
+    (right, anterior, superior), `lesion_ml`, `lesion_outside_brain_ml`, `lesion_labels`, `unoriented` (files whose axes
+    are assumed), and by modality `acquisition` (facts as `datasets.acquisition`), `series` (slices and mm of a DICOM
+    series), `notes` (of reading).
     A brain longer than `side_mm` is a problem.
     Good files that have not changed since they were examined, by size and time, are not read again; each subject is
     remembered as soon as it is done. `cluster`: as in workers.each.
@@ -132,9 +132,8 @@ def examine_scan(subject: Subject, scans: Mapping[str, Volume], side_mm: float) 
 def _record() -> dict:
     return {
         "problems": [], "checksums": {}, "identity": "", "brain_litres": 0.0, "extent_mm": [0, 0, 0],
-        "voxel_mm": [1, 1, 1], "lesion_ml": 0.0,
-        "lesion_outside_brain_ml": 0.0, "lesion_labels": [], "unoriented": [], "acquisition": {}, "series": {},
-        "notes": {},
+        "voxel_mm": [1, 1, 1], "lesion_ml": 0.0, "lesion_outside_brain_ml": 0.0, "lesion_labels": [],
+        "unoriented": [], "acquisition": {}, "series": {}, "notes": {},
     }  # fmt: skip
 
 

@@ -121,9 +121,10 @@ def _check(client, address: str, needs: Sequence[Path], writes: Path | None) -> 
 def _members(client, address: str, needs: Sequence[Path], writes: Path | None) -> Iterator[tuple[str, tuple]]:
     """What `_look` finds at the scheduler and each worker, by their names for people."""
     try:
-        yield f"scheduler {address}", (client.run_on_scheduler(about), "")
+        scheduler = client.run_on_scheduler(about)
     except Exception as error:
         raise CourseError(f"The scheduler {address} cannot use lib: {error}.", START) from error
+    yield f"scheduler {address}", (scheduler, "")
     mark = writes / f".{uuid.uuid4().hex}" if writes else None
     try:
         if mark:

@@ -107,14 +107,14 @@ def test_what_killed_writers_left_is_cleared_and_what_living_ones_write_is_not(s
 
 def test_disk_use_is_said_before_and_is_true(scans, course_root, capsys):
     gathered = intake.gather(str(scans), **FITS)
-    facts = [gathered.facts[s.id] for s in gathered.subjects]
     capsys.readouterr()
     folder = cohort.prepare_cohort(gathered, RECIPE)
     said = capsys.readouterr().out.splitlines()[0]
     taken = sum(path.stat().st_size for path in folder.rglob("*.np[yz]"))
-    assert said.startswith(f"Preparing {SUBJECTS} subjects will take some ")
+    assert said.startswith(f"{SUBJECTS} subjects to prepare will take some ")
     assert float(said.split(" some ")[1].split(" MB")[0]) == pytest.approx(taken / 1e6, rel=0.05)
-    assert "1 subject will" in cohort.space(facts[:1], RECIPE, folder / "not" / "there")
+    shutil.rmtree(folder / "p0")
+    assert cohort.space(gathered, RECIPE).startswith("1 subject to prepare will take some ")
 
 
 def test_a_cohort_that_does_not_fit_the_disk_is_refused(scans, course_root, monkeypatch):
