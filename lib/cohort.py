@@ -1,30 +1,32 @@
 """The prepared cohort on disk: written a subject at a time, opened memory-mapped."""
 
+import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
 import nibabel
 import numpy as np
+import psutil
 import scipy
-from joblib import Parallel, delayed
 from scipy import ndimage
 
-from lib import ROOT, dicom, intensities, privacy, registration, run_folder, volumes
+from lib import ROOT, dicom, intensities, privacy, registration, run_folder, volumes, workers
 from lib.conventions import hidden_names
 from lib.datasets import read_lesion, read_scan, read_subject
 from lib.errors import CourseError, check_choice
 from lib.intake import BRAIN_LITRES, LESION_FREE, Gathered, content, examine_scan, is_healthy, is_outlined
 from lib.preprocessing import OwnGrid, Prepared, Recipe, canonical, extracted, prepare
-from lib.progress import bar
 from lib.refusals import refusal
 from lib.subjects import Subject
 from lib.volumes import Volume
@@ -33,31 +35,66 @@ FORMAT = 5  # of a subject's folder and all that is kept in it: raise it when on
 LEAST_BRAIN = 0.05  # of a slice's square; emptier slices teach nothing
 GUARD = 2  # slices between a lesion and a slice that counts as lesion-free
 GRIDS = ("prepared", "scan")
+WRITING_SECONDS = 3600  # no subject takes so long to write
+OWN_BYTES = 0.03  # of a voxel of the scan's own masks, compressed
 OPEN_ARRAYS = 300  # each mapped array holds a file open, and a process may have 1024
 
 
-def prepare_cohort(gathered: Gathered, recipe: Recipe) -> Path:
+def prepare_cohort(gathered: Gathered, recipe: Recipe, cluster: str = "") -> Path:
     """Write the cohort, a subject at a time, to `data/prepared/<hash>`; what is there already is not made again.
 
     A standard of intensities is learnt first, from the healthy material of training alone. Needs the memory of one
-    subject a core, however many there are. Returns the cohort's folder.
+    subject a core, however many there are, and says how much of the disk. `cluster`: as in workers.each. Returns the
+    cohort's folder. Raises CourseError where the disk has too little space.
     """
-    identity = _identity(gathered, recipe)
-    folder = ROOT / "data" / "prepared" / identity
-    waiting = [s for s in gathered.subjects if not (folder / s.id / "facts.json").exists()]
+    identity, folder, waiting = _plan(gathered, recipe)
     if waiting or not (folder / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        standard = _standard(gathered, recipe, folder)
-        jobs = (
-            delayed(_prepare_subject)(s, recipe, folder, gathered.facts[s.id]["identity"], standard) for s in waiting
-        )
-        for _ in bar(
-            _parallel(jobs, len(waiting)), "preparing", total=len(waiting), unit="subject", disable=not waiting
-        ):
+        _clear(folder)
+        if waiting:
+            print(space(gathered, recipe))
+        standard = _standard(gathered, recipe, folder, cluster)
+        work = partial(_prepare_subject, recipe=recipe, folder=folder, standard=standard)
+        for _ in _for_each(work, waiting, gathered, "preparing", cluster):
             pass
         manifest = json.dumps(_manifest(identity, gathered, recipe, folder) | {"standard": standard}, indent=1)
         volumes.write_bytes(folder / "manifest.json", manifest.encode())
     return folder
+
+
+def space(gathered: Gathered, recipe: Recipe) -> str:
+    """How much of the disk the subjects that are not prepared yet will take, of what is free: a sentence.
+
+    Raises CourseError where it is too little.
+    """
+    _, folder, waiting = _plan(gathered, recipe)
+    facts = [gathered.facts[s.id] for s in waiting]
+    slices = [1 if recipe.slices == "largest" else _slices(one, recipe) for one in facts]
+    own = sum(np.prod(np.divide(one["extent_mm"], one["voxel_mm"])) for one in facts)
+    needed = recipe.size**2 * sum(slices) * (2 * len(recipe.modalities) + 2) + own * OWN_BYTES
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    count = f"{len(facts):,} subject{'s' * (len(facts) != 1)}"
+    said = f"{count} to prepare will take some {_gigabytes(needed)} of disk; {_gigabytes(free)} are free."
+    if needed > free:
+        cure = "Make room, raise pixel_mm or slice_mm, or put data/prepared on another disk by a link."
+        raise CourseError(f"The disk is too small for this cohort: {said}", cure)
+    return said
+
+
+def _plan(gathered: Gathered, recipe: Recipe) -> tuple[str, Path, list[Subject]]:
+    """A cohort's hash, its folder, and the subjects that are not in it yet."""
+    identity = _identity(gathered, recipe)
+    folder = ROOT / "data" / "prepared" / identity
+    return identity, folder, [s for s in gathered.subjects if not (folder / s.id / "facts.json").exists()]
+
+
+def _slices(found: dict, recipe: Recipe) -> float:
+    return np.ceil(found["extent_mm"][2] / (recipe.slice_mm or found["voxel_mm"][2]) - 0.1)
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
 def prepare_scan(
@@ -336,49 +373,53 @@ def _identity(gathered: Gathered, recipe: Recipe) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _parallel(jobs, count: int) -> Iterator:
-    """In processes where that is worth their start."""
-    return Parallel(n_jobs=min(os.cpu_count() or 1, max(1, count // 4)), return_as="generator_unordered")(jobs)
-
-
-def _standard(gathered: Gathered, recipe: Recipe, folder: Path) -> dict[str, list[float]]:
+def _standard(gathered: Gathered, recipe: Recipe, folder: Path, cluster: str) -> dict[str, list[float]]:
     """What the healthy material of the training split teaches a normalisation, by modality; kept in the folder."""
     way, path = recipe.normalisation, folder / "standard.json"
     if way not in intensities.STANDARDS:
         return {}
     if not path.exists():
-        members = [s for s in gathered.subjects if gathered.splits[s.id] == "train"]
-        jobs = (
-            delayed(_look)(s, recipe, gathered.facts[s.id]["identity"])
-            for s in members
-            if gathered.training == LESION_FREE or is_healthy(s, gathered.facts[s.id])
-        )
-        looks = [one for _, one in sorted(_parallel(jobs, len(members)), key=lambda pair: pair[0])]
+        healthy = {s.id for s in gathered.subjects if is_healthy(s, gathered.facts[s.id])}
+        train = [s for s in gathered.subjects if gathered.splits[s.id] == "train"]
+        members = [s for s in train if gathered.training == LESION_FREE or s.id in healthy]
+        looks = list(_for_each(partial(_look, recipe=recipe), members, gathered, "learning intensities", cluster))
         known = {m: [one[m] for one in looks if m in one] for m in recipe.modalities}
         if not all(known.values()):
             what = f"The training split has no healthy slice of {' and '.join(m for m in known if not known[m])}."
             raise CourseError(what, f"Give more healthy subjects, other splits, or another normalisation than {way}.")
-        content = {m: intensities.learnt(scans, way) for m, scans in known.items()}
-        volumes.write_bytes(path, json.dumps(content).encode())
+        volumes.write_bytes(
+            path, json.dumps({m: intensities.learnt(scans, way) for m, scans in known.items()}).encode()
+        )
     return json.loads(path.read_bytes())
 
 
-def _look(subject: Subject, recipe: Recipe, identity: str) -> tuple[str, dict[str, np.ndarray]]:
-    """A training subject's name and the percentiles of its healthy slices, by modality."""
-    plain = replace(recipe, normalisation="max", register="", clahe=False, slices="all")
-    there = subject.having(recipe.modalities)
-    prepared = _prepared(subject, replace(plain, modalities=tuple(there)), identity)
+def _for_each(work: Callable, subjects: Sequence[Subject], gathered: Gathered, what: str, cluster: str) -> Iterator:
+    """`work` of each subject with the identity of its voxels when they were examined."""
+    items = [(s, gathered.facts[s.id]["identity"]) for s in subjects]
+    needs = [path for s in subjects for path in s.scans.values()]
+    writes = ROOT / "data" / "prepared"
+    return workers.each(work, items, what=what, unit="subject", cluster=cluster, needs=needs, writes=writes)
+
+
+def _look(examined: tuple[Subject, str], recipe: Recipe) -> dict[str, np.ndarray]:
+    """The percentiles of a training subject's healthy slices, by modality."""
+    there = examined[0].having(recipe.modalities)
+    plain = replace(recipe, modalities=there, normalisation="max", register="", clahe=False, slices="all")
+    prepared = _prepared(examined, plain)
     usable = prepared.brain & lesion_free(prepared.brain, prepared.lesion_slices)[:, None, None]
     way, images = recipe.normalisation, dict(zip(there, prepared.image, strict=True))
-    return subject.id, {m: intensities.percentiles(one[usable], way) for m, one in images.items() if usable.any()}
+    return {m: intensities.percentiles(one[usable], way) for m, one in images.items() if usable.any()}
 
 
-def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path, identity: str, standard: Mapping) -> None:
-    _write_subject(_prepared(subject, recipe, identity, standard), folder / subject.id)
+def _prepare_subject(examined: tuple[Subject, str], recipe: Recipe, folder: Path, standard: Mapping) -> None:
+    target = folder / examined[0].id
+    if not (target / "facts.json").exists():  # otherwise another run was quicker
+        _write_subject(_prepared(examined, recipe, standard), target)
 
 
-def _prepared(subject: Subject, recipe: Recipe, identity: str, standard: Mapping | None = None) -> Prepared:
-    """`identity`: that of its voxels when they were examined; what has changed since is refused."""
+def _prepared(examined: tuple[Subject, str], recipe: Recipe, standard: Mapping | None = None) -> Prepared:
+    """A subject, with the identity of its voxels when they were examined; what has changed since is refused."""
+    subject, identity = examined
     try:
         scans, lesion = read_subject(subject, recipe.modalities), read_lesion(subject)
     except CourseError as error:
@@ -391,10 +432,30 @@ def _prepared(subject: Subject, recipe: Recipe, identity: str, standard: Mapping
         raise CourseError(f"{subject.id}: {error.what}", error.cure) from error
 
 
+def _half(target: Path) -> Path:
+    """A folder to write in beside `target`; its name says whose it is, as `_clear` reads it."""
+    return target.with_name(f".{target.name}-{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+@cache
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _clear(folder: Path) -> None:
+    """Remove what writers that were killed have left: those of this machine that are gone, any after an hour."""
+    for place in folder.glob(".*-*"):
+        *_, machine, process, _ = ("", "", *place.name.split("-"))
+        gone = machine == _machine() and process.isdecimal() and not psutil.pid_exists(int(process))
+        with contextlib.suppress(OSError):  # it was moved into place just now
+            if gone or time.time() - place.stat().st_mtime > WRITING_SECONDS:
+                shutil.rmtree(place)
+
+
 def _write_subject(prepared: Prepared, target: Path) -> None:
     if target.exists() and not (target / "facts.json").exists():  # damaged: whole folders are moved in at once
         shutil.rmtree(target)
-    place = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    place = _half(target)
     place.mkdir()
     np.save(place / "image.npy", prepared.image.astype(np.float16))
     np.save(place / "brain.npy", prepared.brain)

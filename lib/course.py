@@ -103,6 +103,7 @@ def _parse(arguments: list[str] | None) -> dict:
     add("--resume", action="store_true", help="go on with --run, else the newest unfinished run")
     add("--overwrite", action="store_true", help="clear the folder of --run NAME first")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="where networks compute (auto)")
+    add("--cluster", metavar="tcp://HOST:PORT", help="a Dask scheduler whose workers examine, prepare and judge")
     add("--kernel", metavar="NAME", help="Jupyter kernel (python3)")
     add("--seed", metavar="N", type=int, help="the one source of randomness")
     add("-p", metavar="NAME=VALUE", dest="parameters", action="append", type=_assignment, default=[], help=P_HELP)
@@ -173,15 +174,18 @@ def _unfinished(course: Course, stored: Mapping) -> list[str]:
 
 
 def _examine(values: dict, quiet: bool) -> list[str]:
-    from lib import intake
+    from lib import cohort, datasets, intake, workers
     from lib.preprocessing import Recipe
 
-    recipe = {f.name: values[f.name] for f in fields(Recipe) if f.name in values and f.name != "modalities"}
-    Recipe(**recipe)  # refuses what it cannot prepare
+    if values.get("cluster"):
+        workers.check(values["cluster"])
+    chosen = {f.name: values[f.name] for f in fields(Recipe) if f.name in values}
+    recipe = Recipe(**chosen | {"modalities": datasets.parse_modalities(values.get("modalities", "FLAIR"))})
     known = inspect.signature(intake.gather).parameters
     with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
         gathered = intake.gather(**{name: value for name, value in values.items() if name in known})
         print("\n".join(gathered.notes))
+        print(cohort.space(gathered, recipe))
     return list(gathered.notes)
 
 

@@ -4,15 +4,13 @@ A subject is read once, reduced to counts, and forgotten; each post-processing s
 on the healthy material of validation. `patients.csv` keeps what was found of every subject, `results.csv` the figures.
 """
 
-import os
-from collections.abc import Iterator
+from functools import partial
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed, parallel_config
 
-from lib import domain, figures, judging, models, postprocessing, run_folder, scoring
+from lib import domain, figures, judging, models, postprocessing, run_folder, scoring, workers
 from lib.baselines import SLICE_LABELS
 from lib.cohort import Cohort, PreparedSubject
 from lib.errors import CourseError
@@ -20,10 +18,8 @@ from lib.figures import MEANS
 from lib.intake import LESION_FREE
 from lib.judging import Judged
 from lib.metrics import CODES, PROMISED_FPR, SubjectCounts, average_precision, bootstrap, codes, resampled, value_of
-from lib.progress import bar
 from lib.volumes import write_bytes
 
-FEW = 4  # trainings, for which no further process is worth its start
 FEWEST = 2  # subjects in a stratum
 TIE = 0.01  # smaller differences of a patient are a draw
 COLUMNS = [
@@ -43,16 +39,18 @@ LEADING = {  # metric that puts methods in order: the first that there is
 DOMAIN = "domain_classifier"  # scores scans by histogram, header and size alone
 
 
-def evaluate(run: str, cohort: Cohort, seed: int = 0) -> pd.DataFrame:
+def evaluate(run: str, cohort: Cohort, seed: int = 0, cluster: str = "") -> pd.DataFrame:
     """Judge every method that has maps in this run, and write `results.csv`, `patients.csv` and `froc.csv`: sorted,
     fixed decimals, byte for byte equal for equal maps. Columns as in COLUMNS; `low` and `high` are a 95 % bootstrap
-    over patients. A method that was trained with several seeds has rows for each of them. Raises CourseError where a
-    subject, or a scan, stands in two splits."""
+    over patients. A method that was trained with several seeds has rows for each of them. `cluster`: as in
+    workers.each. Raises CourseError where a subject, or a scan, stands in two splits."""
     _refuse_leaks(cohort)
     trainings = [trained for method in scoring.methods(run) for trained in scoring.trainings(run, method)]
     rows, records, curves, warned = _domain_rows(cohort, seed), [], [], {}
-    judged = _in_processes([delayed(_evaluate_training)(run, trained, cohort, seed) for trained in trainings])
-    for trained, found in zip(trainings, bar(judged, "judging", total=len(trainings), unit="method"), strict=True):
+    work = partial(_evaluate_training, run=run, cohort=cohort, seed=seed)
+    shared = {"cluster": cluster, "needs": [cohort.folder, run_folder(run)]}
+    judged = workers.each(work, trainings, what="judging", unit="method", **shared)
+    for trained, found in zip(trainings, judged, strict=True):
         method = scoring.method_of(trained)
         rows += [row | {"family": models.family(method)} for row in found[0]]
         records, curves = records + found[1], curves + found[2]
@@ -213,15 +211,7 @@ def _refuse_leaks(cohort: Cohort) -> None:
                 )
 
 
-def _in_processes(jobs: list) -> Iterator:
-    """What each job returns, in their order, from processes where that is worth their start: a core and a thread each,
-    whatever the notebook has."""
-    workers = min(os.cpu_count() or 1, max(1, len(jobs) // FEW))
-    with parallel_config("loky", inner_max_num_threads=1):
-        return Parallel(n_jobs=workers, return_as="generator")(jobs)
-
-
-def _evaluate_training(run: str, trained: str, cohort: Cohort, seed: int) -> tuple[list[dict], list[dict], list[tuple]]:
+def _evaluate_training(trained: str, run: str, cohort: Cohort, seed: int) -> tuple[list[dict], list[dict], list[tuple]]:
     """Rows of `results.csv`, of `patients.csv` and of `froc.csv`."""
     method, own = scoring.method_of(trained), scoring.seed_of(trained, seed)
     shared = {"method": method, "modality": "+".join(cohort.modalities), "seed": own}

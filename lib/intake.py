@@ -5,12 +5,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from joblib import Parallel, delayed
 
-from lib import ROOT, acquisition, datasets, dicom, pictures, privacy, volumes
+from lib import ROOT, acquisition, datasets, dicom, pictures, privacy, volumes, workers
 from lib.boxes import extent_mm
 from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES
 from lib.errors import CourseError, check_least
@@ -59,13 +59,14 @@ def gather(
     healthy: int = 24,
     patients: int = 16,
     voxel_mm: float = 2.0,
+    cluster: str = "",
 ) -> Gathered:
     """Find, examine and split the subjects of a folder; nothing is written but what the examination remembers.
 
     `data`: a folder, or "" for the embedded cohort of `healthy` subjects and `patients` at `voxel_mm`;
     `healthy_data`: one of healthy subjects beside it;
     `modalities`: names joined by commas, "" for the one that is usual among the subjects; `incomplete`: whether one of
-    them is enough; `size` × `pixel_mm`: the square that a brain must fit.
+    them is enough; `size` × `pixel_mm`: the square that a brain must fit; `cluster`: as in workers.each.
     Raises CourseError that lists every problem of every scan, unless `skip_broken`, which leaves those subjects out.
     """
     check_least("seed", seed, 0)
@@ -74,7 +75,7 @@ def gather(
     dataset = datasets.find_subjects(folder, layout, healthy_data)
     dataset, wanted = datasets.with_modalities(dataset, modalities or ("" if data else "FLAIR"))
     subjects, lacking = _with_modalities(dataset.subjects, wanted, incomplete)
-    facts = examine(subjects, wanted, size * pixel_mm)
+    facts = examine(subjects, wanted, size * pixel_mm, cluster)
     broken = {s: record["problems"] for s, record in facts.items() if record["problems"]}
     if broken and not skip_broken:
         raise _refusal(broken, len(subjects), dataset.notes[0])
@@ -100,27 +101,27 @@ def _check_patients(data: str, healthy_data: str) -> None:
         raise CourseError(what, "Give the folder of their scans by --data.")
 
 
-def examine(subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm: float) -> dict[str, dict]:
+def examine(
+    subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm: float, cluster: str = ""
+) -> dict[str, dict]:
     """What is found in each subject's files, by subject.
 
     A record has `problems` (pairs of what and cure, empty for a good subject), `checksums` of the voxels by modality,
-    `identity` (a checksum of all voxels and grids, the lesion mask's too), `brain_litres`, `extent_mm`, `lesion_ml`,
-    `lesion_outside_brain_ml`, `lesion_labels`, `unoriented` (files whose axes are assumed), and by modality
-    `acquisition` (facts as `datasets.acquisition`), `series` (slices and mm of a DICOM series), `notes` (of reading).
+    `identity` (a checksum of all voxels and grids, the lesion mask's too), `brain_litres`, `extent_mm` and `voxel_mm`
+    (right, anterior, superior), `lesion_ml`, `lesion_outside_brain_ml`, `lesion_labels`, `unoriented` (files whose axes
+    are assumed), and by modality `acquisition` (facts as `datasets.acquisition`), `series` (slices and mm of a DICOM
+    series), `notes` (of reading).
     A brain longer than `side_mm` is a problem.
-    Good files that have not changed since the last examination, by size and time, are not read again.
+    Good files that have not changed since they were examined, by size and time, are not read again; each subject is
+    remembered as soon as it is done. `cluster`: as in workers.each.
     """
-    memory = _Memory()
-    keys = {s.id: memory.key(s, modalities) for s in subjects}
-    waiting = [s for s in subjects if keys[s.id] not in memory.records]
-    jobs = (delayed(_examine_subject)(s, modalities) for s in waiting)
-    workers = min(os.cpu_count() or 1, max(1, len(waiting) // 4))
-    found = Parallel(n_jobs=workers, return_as="generator")(jobs)
-    shown = bar(found, "examining", total=len(waiting), unit="subject", disable=not waiting)
-    for subject, record in zip(waiting, shown, strict=True):
-        memory.records[keys[subject.id]] = record
-    memory.keep()
-    records = {s.id: {**memory.records[keys[s.id]]} for s in subjects}
+    memory = _Memory(ROOT / "data" / "examined")
+    records = {s.id: memory.recall(memory.key(s, modalities)) for s in subjects}
+    waiting = [s for s in subjects if not records[s.id]]
+    shared = {"cluster": cluster, "needs": [p for s in waiting for p in s.scans.values()], "writes": memory.folder}
+    work = partial(_examine_and_keep, modalities, memory)
+    found = workers.each(work, waiting, what="examining", unit="subject", **shared)
+    records |= {s.id: record for s, record in zip(waiting, found, strict=True)}
     return _with_square(_with_duplicates(records), side_mm)
 
 
@@ -134,10 +135,17 @@ def examine_scan(subject: Subject, scans: Mapping[str, Volume], side_mm: float) 
 
 def _record() -> dict:
     return {
-        "problems": [], "checksums": {}, "identity": "", "brain_litres": 0.0, "extent_mm": [0, 0, 0], "lesion_ml": 0.0,
-        "lesion_outside_brain_ml": 0.0, "lesion_labels": [], "unoriented": [], "acquisition": {}, "series": {},
-        "notes": {},
+        "problems": [], "checksums": {}, "identity": "", "brain_litres": 0.0, "extent_mm": [0, 0, 0],
+        "voxel_mm": [1, 1, 1], "lesion_ml": 0.0, "lesion_outside_brain_ml": 0.0, "lesion_labels": [],
+        "unoriented": [], "acquisition": {}, "series": {}, "notes": {},
     }  # fmt: skip
+
+
+def _examine_and_keep(modalities: tuple[str, ...], memory: "_Memory", subject: Subject) -> dict:
+    key = memory.key(subject, modalities)
+    record = _examine_subject(subject, modalities)
+    memory.keep(key, record)
+    return record
 
 
 def _examine_subject(subject: Subject, modalities: tuple[str, ...]) -> dict:
@@ -245,6 +253,7 @@ def _look_at_brain(
         record["problems"].append(words("E06", subject=subject.id, **fields))
         return
     record["extent_mm"] = extent_mm(brain, first.voxel_mm).round(1).tolist()
+    record["voxel_mm"] = first.voxel_mm.round(4).tolist()
     if lesion:
         _look_at_lesion(record, subject, lesion, brain)
 
@@ -291,17 +300,12 @@ def _with_square(records: dict[str, dict], side: float) -> dict[str, dict]:
     return records
 
 
+@dataclass(frozen=True)
 class _Memory:
-    """Records of earlier examinations, by the names, sizes and times of a subject's files; copying may keep the time
-    of the last change of the content, but not that of the last change of any kind."""
+    """Records of earlier examinations in a folder, a file each, named by the names, sizes and times of a subject's
+    files; copying may keep the time of the last change of the content, but not that of the last change of any kind."""
 
-    def __init__(self):
-        self.path = ROOT / "data" / "prepared" / "examined.json"
-        try:
-            self.records = json.loads(self.path.read_bytes())
-            self.records.keys()
-        except (OSError, ValueError, AttributeError):
-            self.records = {}
+    folder: Path
 
     def key(self, subject: Subject, modalities: tuple[str, ...]) -> str:
         paths = [subject.scans[m] for m in subject.having(modalities)]
@@ -312,9 +316,17 @@ class _Memory:
         asked = [EXAMINATION, seen, modalities, subject.healthy, sorted(subject.channels.items())]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
-    def keep(self) -> None:
-        good = {key: record for key, record in self.records.items() if not record["problems"]}
-        volumes.write_bytes(self.path, json.dumps(good).encode())
+    def recall(self, key: str) -> dict | None:
+        """The record of good files, None where there is none; a damaged one is as good as none."""
+        try:
+            record = json.loads((self.folder / f"{key}.json").read_bytes())
+            return record if record.keys() == _record().keys() else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def keep(self, key: str, record: dict) -> None:
+        if not record["problems"]:
+            volumes.write_bytes(self.folder / f"{key}.json", json.dumps(record).encode())
 
 
 def _state(path: Path) -> tuple[int, ...]:

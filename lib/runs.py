@@ -124,13 +124,18 @@ def plan(course: Course, settings: dict, stored: dict, folder: Path) -> dict:
         fresh = {"title": notebook.title, "status": "waiting", "seconds": None, "peak_memory_gb": None}
         fresh |= {"parameters": values[name], "source": source, "error": None}
         old = before.get(name, {})
-        same = old.get("status") == "done" and all(old[key] == fresh[key] for key in ("parameters", "source"))
+        same = old.get("status") == "done" and _what(old) == _what(fresh)
         before_it = [*notebook.needs, *(one for one in notebook.after if one in entries)]
         upstream = all(entries.get(one, fresh)["status"] == "done" for one in before_it)
         finished = same and upstream and not lacking(folder, notebook.makes)
         if name in chosen or old:
             entries[name] = old if finished else fresh
     return {**stored, "run": settings["run"], "settings": settings, "notebooks": entries}
+
+
+def _what(entry: dict) -> tuple[str, dict]:
+    """What of a notebook's record decides its results; by whom they were computed does not."""
+    return entry["source"], {name: value for name, value in entry["parameters"].items() if name != "cluster"}
 
 
 def waiting(course: Course, settings: dict, record: dict) -> list[str]:

@@ -20,6 +20,7 @@ SHARED = {  # option of the command line: the parameter of each notebook that ha
     "skip_broken": "skip_broken",
     "seed": "seed",
     "device": "device",
+    "cluster": "cluster",
 }
 WORDS = {"true": True, "yes": True, "false": False, "no": False, "none": None, "null": None}
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -1,14 +1,18 @@
 """Benchmarks: folds, figures on patients whose answer is known, and the viewer's moves that are timed."""
 
 import io
+import subprocess
+import sys
 
 import made_cohort
+import psutil
 import pytest
 from PIL import Image
 
-from benchmarks import detectors_on_brats, viewer
-from lib import models, single_scan
+from benchmarks import detectors_on_brats, preparation, viewer
+from lib import datasets, models, single_scan
 from lib.intake import LESION_FREE
+from lib.preprocessing import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +50,24 @@ def test_the_viewer_s_benchmark_moves_a_viewer_of_the_size_and_plots_the_same_pa
     found = viewer.measured(96, 1)
     assert found.keys() >= {"slice", "threshold", "matplotlib"}
     assert all(ms > 0 for ms in found.values())
+
+
+def test_the_two_ways_of_preparing_that_are_timed_give_the_same_image(brats, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "SCAN_MM", 5.0)
+    monkeypatch.setattr(preparation, "RECIPE", Recipe(pixel_mm=10.0, size=32))
+    (subject, *_) = datasets.find_subjects(brats(patients=1)).subjects
+    image, affine = preparation.by_ours(subject, tmp_path / "ours" / subject.id)
+    theirs, there = preparation.by_monai(preparation.monai_steps(), subject, tmp_path / "monai")
+    assert preparation.difference((image, affine), (theirs, there)) < preparation.LARGEST_DIFFERENCE
+    darker = preparation.difference((image, affine), (theirs / 2, there))
+    assert darker == pytest.approx(image[image > 0].mean() / 2, rel=0.1)
+    there[0, 3] += 1
+    assert preparation.difference((image, affine), (theirs, there)) is None
+    assert {p.name for p in (tmp_path / "monai").iterdir()} == {"image.npy", "brain.npy", "lesion.npy"}
+
+
+def test_the_memory_of_a_process_is_seen_with_its_children_s():
+    child = "import time; held = bytearray(10**8); time.sleep(1)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        assert preparation._peak(psutil.Process(process.pid)) > 1e8

@@ -13,7 +13,7 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score
 
 import lib
-from lib import evaluation, judging, metrics, postprocessing, scoring
+from lib import evaluation, judging, metrics, postprocessing, scoring, workers
 from lib.errors import CourseError
 from lib.intake import LESION_FREE
 from lib.models.detector import Detector
@@ -388,7 +388,7 @@ def test_processes_judge_as_one_does_and_hand_on_what_is_wrong(judged, monkeypat
     run = str(lib.run_folder("run"))  # the whole path: the root of a process is not that of this test
     names = ("results.csv", "patients.csv", "froc.csv")
     alone = [(lib.run_folder("run") / name).read_bytes() for name in names]
-    monkeypatch.setattr(evaluation, "FEW", 1)
+    monkeypatch.setattr(workers, "FEW", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     evaluation.evaluate(run, prepared)
     assert [(lib.run_folder("run") / name).read_bytes() for name in names] == alone

@@ -26,8 +26,8 @@ def refused(folder, **options):
 
 
 def prepared(root):
-    """What lies in data/prepared but the memory of the examination."""
-    return [p.name for p in (root / "data" / "prepared").glob("*") if p.name != "examined.json"]
+    """What lies in data/prepared."""
+    return [p.name for p in (root / "data" / "prepared").glob("*")]
 
 
 def changed(path, change, affine=None):
@@ -358,9 +358,15 @@ def test_a_changed_declaration_is_examined_again(brats, course_root):
 
 
 @pytest.mark.parametrize("rubbish", [b"", b"{", b"[]", b"null", b"\xff\xfe"])
-def test_a_broken_memory_is_forgotten(brats, course_root, rubbish):
-    volumes.write_bytes(course_root / "data" / "prepared" / "examined.json", rubbish)
-    assert len(gather(brats()).subjects) == 4
+def test_a_broken_memory_is_forgotten(brats, course_root, rubbish, read):
+    folder = brats()
+    first = gather(folder)
+    records = sorted((course_root / "data" / "examined").iterdir())
+    assert len(records) == 4
+    records[0].write_bytes(rubbish)
+    read.clear()
+    assert gather(folder) == first
+    assert len(read) == 2
 
 
 def test_facts_are_true(brats, course_root):
