@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "errors": 0, "volumes": 0, "progress": 0, "acquisition": 0, "privacy": 0, "dicom": 1, "datasets": 1, "phantom": 1,
-    "pictures": 1, "preprocessing": 2, "intake": 2, "boxes": 2, "cohort": 2,
+    "pictures": 1, "preprocessing": 2, "intake": 2, "boxes": 2, "extraction": 2, "surfaces": 2,
+    "quality": 2, "cohort": 2,
     "training": 3, "adversarial": 3, "models": 3, "baselines": 3, "lesions": 3, "scoring": 4, "evaluation": 4,
     "plots": 4, "metrics": 1, "components": 1, "postprocessing": 2, "judging": 4, "figures": 4, "traps": 4,
     "slice_traps": 4, "domain": 4, "approaches": 4, "single_scan": 4, "probes": 4, "thresholds": 2, "space": 4,
