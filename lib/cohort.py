@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -20,7 +20,8 @@ from scipy import ndimage
 from lib import ROOT, dicom, privacy, run_folder, volumes
 from lib.datasets import Subject, hidden_names, read_scan
 from lib.errors import CourseError, check_choice
-from lib.intake import BRAIN_LITRES, LESION_FREE, Gathered, examine_scan, is_healthy
+from lib.extraction import find, kept
+from lib.intake import LESION_FREE, Gathered, examine_scan, is_healthy
 from lib.preprocessing import OwnGrid, Prepared, Recipe, between_empty, canonical, extracted, prepare
 from lib.progress import bar
 from lib.volumes import Volume
@@ -42,7 +43,7 @@ def prepare_cohort(gathered: Gathered, recipe: Recipe) -> Path:
     waiting = [s for s in gathered.subjects if not (folder / s.id / "facts.json").exists()]
     if waiting or not (folder / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        jobs = (delayed(_prepare_subject)(s, recipe, folder) for s in waiting)
+        jobs = (delayed(_prepare_subject)(s, gathered.facts[s.id], recipe, folder) for s in waiting)
         for _ in bar(
             _parallel(jobs, len(waiting)), "preparing", total=len(waiting), unit="subject", disable=not waiting
         ):
@@ -55,20 +56,26 @@ def prepare_cohort(gathered: Gathered, recipe: Recipe) -> Path:
 def prepare_scan(
     scans: Mapping[str, Path], recipe: Recipe, brain: Path | None = None, keep: Path | None = None
 ) -> "PreparedSubject":
-    """Prepare one person's brain-extracted scans outside any cohort, without a lesion mask, named after the first file.
+    """Prepare one person's scans outside any cohort, without a lesion mask, named after the first file.
 
     `scans`: a file for each of the recipe's modalities that there is; `brain`: a mask on their grid, above 0 in the
-    brain, for scans that show more; `keep`: the folder it is kept in, else `data/prepared/scans`. Its facts have
-    `scan_shape` and `scan_affine`, the grid of the first file, `missing`, `notes` of reading and `unoriented` files.
+    brain; without one the brain is extracted from scans that show the whole head; `keep`: the folder it is kept in,
+    else `data/prepared/scans`. Its facts have `scan_shape` and `scan_affine`, the grid of the first file, `missing`,
+    `notes` of reading, `unoriented` files, and `extracted` and `flags` as `intake.examine` has them.
     Raises CourseError that lists what the examination finds wrong with the files.
     """
     subject = _alone({m: Path(scans[m]) for m in recipe.modalities if m in scans})
     read = {m: read_scan(path) for m, path in subject.scans.items()}
     grid, name = next(iter(read.values())), subject.id
-    ready = _extracted(subject, read, brain) if brain else read
+    found = None if brain or not _on_one_grid(read.values()) else find(read)
+    if found:
+        inside = Volume(found[0], canonical(grid).affine)
+        ready = {m: extracted(m, scan, inside) for m, scan in read.items()}
+    else:
+        ready = _extracted(subject, read, brain) if brain else read
     record = examine_scan(subject, ready, recipe.size * recipe.pixel_mm)
     if record["problems"]:
-        raise _refusal(name, record, brain)
+        raise _refusal(name, record, found)
     if grid.voxels.shape[2] == 1 and nibabel.io_orientation(grid.affine)[2, 0] != 2:
         raise CourseError(f"{name} is a single slice that is not axial.", "Give an axial slice, or the whole series.")
     content = json.dumps([FORMAT, asdict(recipe), name, list(read), record["identity"]], sort_keys=True)
@@ -82,6 +89,7 @@ def prepare_scan(
     about |= {"acquisition": record["acquisition"], "missing": [m for m in recipe.modalities if m not in scans]}
     about |= {"scan_shape": grid.voxels.shape, "scan_affine": grid.affine.tolist()}
     about |= {"notes": record["notes"], "unoriented": record["unoriented"]}
+    about |= {"extracted": list(found[1:]) if found else [], "flags": record["flags"]}
     return PreparedSubject.load(folder / name, about | facts)
 
 
@@ -275,6 +283,7 @@ def _identity(gathered: Gathered, recipe: Recipe) -> str:
             s.site,
             s.kind,
             gathered.facts[s.id]["identity"],
+            *gathered.facts[s.id]["extracted"],
             _acquisition(gathered.facts[s.id], s, recipe),
         ]
         for s in gathered.subjects
@@ -289,10 +298,20 @@ def _parallel(jobs, count: int) -> Iterator:
     return Parallel(n_jobs=min(os.cpu_count() or 1, max(1, count // 4)), return_as="generator_unordered")(jobs)
 
 
-def _prepare_subject(subject: Subject, recipe: Recipe, folder: Path) -> None:
+def _prepare_subject(subject: Subject, found: dict, recipe: Recipe, folder: Path) -> None:
     scans = {m: read_scan(subject.scans[m]) for m in subject.having(recipe.modalities)}
+    if found["extracted"]:
+        scans = extracted_brain(scans, found["identity"])
     lesion = read_scan(subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
     _write_subject(prepare(scans, lesion, recipe), folder / subject.id)
+
+
+def extracted_brain(scans: Mapping[str, Volume], identity: str) -> dict[str, Volume]:
+    """Scans without what lies outside the brain that the examination found in them."""
+    inside = kept(identity)
+    if inside is None:
+        raise CourseError("An extracted brain is gone from data/prepared/brains.", "Start again; it is made anew.")
+    return {m: extracted(m, scan, inside) for m, scan in scans.items()}
 
 
 def _write_subject(prepared: Prepared, target: Path) -> None:
@@ -346,10 +365,16 @@ def _extracted(subject: Subject, scans: Mapping[str, Volume], brain: Path) -> di
     return {m: extracted(m, scan, inside) for m, scan in scans.items()}
 
 
-def _refusal(name: str, record: dict, brain: Path | None) -> CourseError:
-    litres, most = record["brain_litres"], BRAIN_LITRES[1]
-    if litres > most and not brain:
-        what = f"{name} shows more than a brain: {litres:.2f} litres are above 0, and a brain has at most {most:g}."
+def _on_one_grid(scans: Iterable[Volume]) -> bool:
+    first, *others = (canonical(scan) for scan in scans)
+    return all(volumes.same_grid(first.voxels.shape, first.affine, o.voxels.shape, o.affine) for o in others)
+
+
+def _refusal(name: str, record: dict, found: tuple | None) -> CourseError:
+    if found and not record["quality"]:
+        what = (
+            f"No brain was found in {name}: of the head that it shows, {found[2]} left {record['brain_litres']} litres."
+        )
         return CourseError(what, "Give a brain-extracted scan, or a mask of its brain by --mask.")
     return CourseError("\n".join(what for what, _ in record["problems"]), record["problems"][0][1])
 
@@ -375,6 +400,9 @@ def _manifest(identity: str, gathered: Gathered, recipe: Recipe, folder: Path) -
                 "lesion_ml": found["lesion_ml"],
                 "brain_litres": found["brain_litres"],
                 "lesion_outside_brain_ml": found["lesion_outside_brain_ml"],
+                "extracted": found["extracted"],
+                "quality": found["quality"],
+                "flags": found["flags"],
                 **json.loads((folder / s.id / "facts.json").read_bytes()),
             }
         )

@@ -39,17 +39,11 @@ from lib.preprocessing import AIR_HU, brain_mask, canonical, signal
 from lib.volumes import Volume
 
 CHOICES = ("auto", "never")
-SURFACE, DEEPBET = "a growing surface", "deepbet"
+SURFACE, DEEPBET, BACKGROUND = "a growing surface", "deepbet", "its own background"
 PREFERRED = ("FLAIR", "PD", "T1", "T2", "T1ce", "CT")  # the order of the modalities to extract from
-HEAD_LITRES, ALMOST_HEAD_LITRES = (
-    3.0,
-    1.8,
-)  # no brain is larger than the one; a head of black surroundings than the other
-RAYS, GAP_RAYS, GAP = (
-    120,
-    0.8,
-    0.5,
-)  # rays from the middle; share of them that meet a gap; its depth in what surrounds it
+HEAD_LITRES = 1.8, 3.0  # what is smaller is no head, what is larger no brain
+RAYS = 120  # from the middle of a slice
+GAP_RAYS, GAP = 0.8, 0.5  # share of the rays that meet a gap, and its brightness as a share of its sides'
 BONE_HU, MOST_BONE = 300, 0.02  # share of voxels; calcifications and blood are less
 SOFT_HU = (-20, 110)
 VERSION = 1  # raised whenever masks come out differently
@@ -59,10 +53,7 @@ TISSUE = 0.1  # share of the way from the 2nd to the 98th percentile above which
 SCALP_MM = np.array([12.0, 13.0, 12.0])  # between brain and air: at the sides, at front and back, above
 TEMPLATE = np.array([[-70.0, 70.0], [-106.0, 72.0], [-72.0, 80.0]])  # box of the template's brain in mm
 MARGIN_MM = 15.0  # how far the brain may lie outside the template's, scaled to the head
-CORE_MM, HULL_MM = (
-    6.0,
-    10.0,
-)  # bridges thinner than twice the one are cut; bays narrower than twice the other are filled
+CORE_MM, HULL_MM = 6.0, 10.0  # half the width of bridges that are cut, and of bays that are filled
 LEVELS = 0.25, 1.0  # how dim a slice or a side may be, as a share of the usual; none is made dimmer
 ENOUGH, FIELD_MM = 50, 30.0  # voxels that tell a slice's level; standard deviation of what blurs the sides'
 THICK_MM = 3.0  # slices further apart are looked at one by one where shapes are concerned
@@ -110,6 +101,19 @@ def brain(volume: Volume, modality: str, method: str = "") -> np.ndarray:
         nibabel.orientations.axcodes2ornt("RAS"), nibabel.io_orientation(volume.affine)
     )
     return nibabel.apply_orientation(found, turn).astype(bool)
+
+
+def find(scans: Mapping[str, Volume]) -> tuple[np.ndarray, str, str] | None:
+    """The brain in one subject's scans, bool [i, j, k] on their grid turned to right, anterior, superior, with the
+    modality it is from and by what; None where they are extracted already. Where some are, these tell the brain."""
+    scans = {m: canonical(scan) for m, scan in scans.items()}
+    alone = {m: scan for m, scan in scans.items() if not shows_head(scan, m)}
+    if len(alone) == len(scans):
+        return None
+    if alone:
+        return brain_mask([signal(m, scan.voxels) for m, scan in alone.items()]), " and ".join(alone), BACKGROUND
+    modality, method = source(scans)
+    return brain(scans[modality], modality, method), modality, method
 
 
 def keep(identity: str, mask: Volume) -> None:

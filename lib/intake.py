@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from joblib import Parallel, delayed
 
-from lib import ROOT, acquisition, datasets, dicom, privacy, volumes
+from lib import ROOT, acquisition, datasets, dicom, privacy, quality, volumes
 from lib.boxes import extent_mm
 from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES, Subject
-from lib.errors import CourseError, check_least
+from lib.errors import CourseError, check_choice, check_least
+from lib.extraction import BONE_HU, CHOICES, MOST_BONE, find, keep, kept
 from lib.preprocessing import CT_WINDOW, brain_mask, canonical, signal
 from lib.progress import bar
 from lib.volumes import Volume
@@ -22,9 +23,9 @@ HEALTHY, LESION_FREE = "healthy subjects", "lesion-free slices of patients"
 EMBEDDED = "embedded cohort (simulated; its figures are not to be compared with the literature)"
 BRAIN_LITRES = (0.3, 3.0)
 LEAST_LEVELS = 16
-EXAMINATION = 4  # raised whenever records change their meaning, so that older ones are forgotten
+EXAMINATION = 5  # raised whenever records change their meaning, so that older ones are forgotten
 MOST_NEGATIVE = 0.001  # share of voxels; interpolation leaves a few
-BONE_HU, MOST_BONE = 300, 0.02  # share of voxels; calcifications and blood are less
+MOST_LOST = 0.03  # share of a lesion outside the brain above which a subject is named
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def gather(
     splits: str = "",
     skip_broken: bool = False,
     incomplete: bool = False,
+    extraction: str = "auto",
     seed: int = 0,
     healthy: int = 24,
     patients: int = 16,
@@ -60,16 +62,17 @@ def gather(
     `data`: a folder, or "" for the embedded cohort of `healthy` subjects and `patients` at `voxel_mm`;
     `healthy_data`: one of healthy subjects beside it;
     `modalities`: names joined by commas; `incomplete`: whether one of them is enough; `size` × `pixel_mm`: the square
-    that a brain must fit.
+    that a brain must fit; `extraction`: "auto" finds the brain in scans that show the whole head, "never" refuses them.
     Raises CourseError that lists every problem of every scan, unless `skip_broken`, which leaves those subjects out.
     """
     check_least("seed", seed, 0)
+    check_choice("extraction", extraction, CHOICES)
     _check_patients(data, healthy_data)
     folder = Path(data) if data else _embedded(healthy, patients, voxel_mm, seed)
     wanted = datasets.parse_modalities(modalities)
     dataset = datasets.find_subjects(folder, layout, healthy_data)
     subjects, lacking = _with_modalities(dataset.subjects, wanted, incomplete)
-    facts = examine(subjects, wanted, size * pixel_mm)
+    facts = examine(subjects, wanted, size * pixel_mm, extraction)
     broken = {s: record["problems"] for s, record in facts.items() if record["problems"]}
     if broken and not skip_broken:
         raise _refusal(broken, len(subjects))
@@ -95,20 +98,24 @@ def _check_patients(data: str, healthy_data: str) -> None:
         raise CourseError(what, "Give the folder of their scans by --data.")
 
 
-def examine(subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm: float) -> dict[str, dict]:
+def examine(
+    subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm: float, extraction: str = "auto"
+) -> dict[str, dict]:
     """What is found in each subject's files, by subject.
 
     A record has `problems` (pairs of what and cure, empty for a good subject), `checksums` of the voxels by modality,
     `identity` (a checksum of all voxels and grids, the lesion mask's too), `brain_litres`, `extent_mm`, `lesion_ml`,
     `lesion_outside_brain_ml`, `lesion_labels`, `unoriented` (files whose axes are assumed), and by modality
-    `acquisition` (facts as `datasets.acquisition`), `series` (slices and mm of a DICOM series), `notes` (of reading).
+    `acquisition` (facts as `datasets.acquisition`), `series` (slices and mm of a DICOM series), `notes` (of reading);
+    of scans that showed a head, `extracted` (the modality and by what the brain was found, kept by `extraction.keep`),
+    else []; `quality` of the brain's mask and `flags`, what of it is unlike a brain.
     A brain longer than `side_mm` is a problem.
     Good files that have not changed since the last examination, by size and time, are not read again.
     """
     memory = _Memory()
-    keys = {s.id: memory.key(s, modalities) for s in subjects}
-    waiting = [s for s in subjects if keys[s.id] not in memory.records]
-    jobs = (delayed(_examine_subject)(s, modalities) for s in waiting)
+    keys = {s.id: memory.key(s, modalities, extraction) for s in subjects}
+    waiting = [s for s in subjects if not memory.has(keys[s.id])]
+    jobs = (delayed(_examine_subject)(s, modalities, extraction) for s in waiting)
     workers = min(os.cpu_count() or 1, max(1, len(waiting) // 4))
     found = Parallel(n_jobs=workers, return_as="generator")(jobs)
     shown = bar(found, "examining", total=len(waiting), unit="subject", disable=not waiting)
@@ -124,7 +131,7 @@ def examine_scan(subject: Subject, scans: Mapping[str, Volume], side_mm: float) 
     be of any volume up to the usual."""
     record = _record()
     flat = all(scan.voxels.shape[2] == 1 for scan in scans.values())
-    _look(record, subject, scans, None, (0.0, BRAIN_LITRES[1]) if flat else BRAIN_LITRES)
+    _look(record, subject, scans, None, (0.0, BRAIN_LITRES[1]) if flat else BRAIN_LITRES, "never")
     return _with_square(_with_duplicates({subject.id: record}), side_mm)[subject.id]
 
 
@@ -132,29 +139,31 @@ def _record() -> dict:
     return {
         "problems": [], "checksums": {}, "identity": "", "brain_litres": 0.0, "extent_mm": [0, 0, 0], "lesion_ml": 0.0,
         "lesion_outside_brain_ml": 0.0, "lesion_labels": [], "unoriented": [], "acquisition": {}, "series": {},
-        "notes": {},
+        "notes": {}, "extracted": [], "quality": {}, "flags": [],
     }  # fmt: skip
 
 
-def _examine_subject(subject: Subject, modalities: tuple[str, ...]) -> dict:
+def _examine_subject(subject: Subject, modalities: tuple[str, ...], extraction: str) -> dict:
     record = _record()
     scans = {m: _attempt(record, subject.scans[m]) for m in subject.having(modalities)}
     lesion = _attempt(record, subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
-    _look(record, subject, scans, lesion, BRAIN_LITRES)
+    _look(record, subject, scans, lesion, BRAIN_LITRES, extraction)
     return record
 
 
-def _look(record: dict, subject: Subject, scans: Mapping[str, Volume | None], lesion: Volume | None, litres) -> None:
+def _look(
+    record: dict, subject: Subject, scans: Mapping[str, Volume | None], lesion: Volume | None, litres, extraction: str
+) -> None:
     """Fill a record; `litres`: the least and the most that a brain may have."""
     for modality, volume in scans.items():
         if volume:
             record["checksums"][modality] = volumes.checksum(volume.voxels)
-            record["problems"] += _intensity_problems(subject.scans[modality], modality, volume)
+            record["problems"] += _intensity_problems(subject.scans[modality], modality, volume, extraction)
             record["unoriented"] += [] if volume.oriented else [subject.hiding(subject.scans[modality].name)]
             _look_at_acquisition(record, modality, subject.scans[modality], volume)
     if not record["problems"]:
         record["identity"] = _content([*scans.values(), lesion])
-        _look_at_brain(record, subject, scans, lesion, litres)
+        _look_at_brain(record, subject, scans, lesion, litres, extraction)
     record["problems"] = [(_told(subject, what), cure) for what, cure in record["problems"]]
 
 
@@ -194,9 +203,9 @@ def _attempt(record: dict, path, **options) -> Volume | None:
         return None
 
 
-def _intensity_problems(path, modality: str, volume: Volume):
+def _intensity_problems(path, modality: str, volume: Volume, extraction: str):
     if modality == "CT":
-        yield from _hounsfield_problems(path, volume)
+        yield from _hounsfield_problems(path, volume, extraction)
     elif (volume.voxels < 0).mean() > MOST_NEGATIVE:
         yield (
             f"{path} has negative intensities, as after a z-score.",
@@ -206,10 +215,12 @@ def _intensity_problems(path, modality: str, volume: Volume):
         yield f"{path} has fewer than {LEAST_LEVELS} grey levels.", "Give a scan, not a mask or a label map."
 
 
-def _hounsfield_problems(path, volume: Volume):
+def _hounsfield_problems(path, volume: Volume, extraction: str):
     found = volume.voxels[signal("CT", volume.voxels)]
     bone = float((found > BONE_HU).mean()) if len(found) else 0.0
     middle = float(np.median(found)) if len(found) else 0.0
+    if bone > MOST_BONE and extraction == "auto":
+        return
     if not CT_WINDOW[0] <= middle <= CT_WINDOW[1]:
         what = f"{path} has a median of {middle:.0f}, and a brain in Hounsfield units has some 35."
         yield what, "Give a brain-extracted CT in Hounsfield units."
@@ -219,7 +230,12 @@ def _hounsfield_problems(path, volume: Volume):
 
 
 def _look_at_brain(
-    record: dict, subject: Subject, scans: Mapping[str, Volume], lesion: Volume | None, allowed: tuple[float, float]
+    record: dict,
+    subject: Subject,
+    scans: Mapping[str, Volume],
+    lesion: Volume | None,
+    allowed: tuple[float, float],
+    extraction: str,
 ) -> None:
     scans, lesion = {m: canonical(v) for m, v in scans.items()}, canonical(lesion) if lesion else None
     first, *others = scans.values()
@@ -230,15 +246,20 @@ def _look_at_brain(
             record["problems"].append((what, "Resample it to that grid, or give the file that belongs to it."))
     if record["problems"]:
         return
-    brain = brain_mask([signal(m, v.voxels) for m, v in scans.items()])
+    found = find(scans) if extraction == "auto" else None
+    if found:
+        brain, record["extracted"] = found[0], list(found[1:])
+        keep(record["identity"], Volume(brain, first.affine))
+    else:
+        brain = brain_mask([signal(m, v.voxels) for m, v in scans.items()])
     litres = float(brain.sum() * first.millilitres / 1000)
     record["brain_litres"] = round(litres, 3)
     least, most = allowed
-    if not least <= litres <= most:
-        above, outside = ("not background", "one value") if "CT" in scans else ("above 0", "0")
-        what = f"{subject.id}: {litres:.2f} litres are {above}, and a brain has {least} to {most}."
-        record["problems"].append((what, f"Give brain-extracted scans with {outside} outside the brain."))
+    if not least <= litres <= most or not brain.any():
+        record["problems"].append(_no_brain(subject, scans, record, f"a brain has {least} to {most}"))
         return
+    record["quality"] = quality.measured(brain, first.voxel_mm)
+    record["flags"] = quality.flags(record["quality"], brain.shape[2])
     record["extent_mm"] = extent_mm(brain, first.voxel_mm).round(1).tolist()
     if lesion:
         _look_at_lesion(record, subject, lesion, brain)
@@ -246,6 +267,17 @@ def _look_at_brain(
         record["problems"].append(
             (f"{subject.id} is a patient without a lesion mask.", "Add its mask, or leave it out.")
         )
+
+
+def _no_brain(subject: Subject, scans: Mapping[str, Volume], record: dict, allowed: str) -> tuple[str, str]:
+    litres = f"{record['brain_litres']:.2f} litres"
+    if record["extracted"]:
+        modality, method = record["extracted"]
+        what = f"{subject.id}: what was extracted from its {modality} by {method} has {litres}, and {allowed}."
+        return what, "Give brain-extracted scans."
+    above, outside = ("not background", "one value") if "CT" in scans else ("above 0", "0")
+    what = f"{subject.id}: {litres} are {above}, and {allowed}."
+    return what, f"Give brain-extracted scans with {outside} outside the brain."
 
 
 def _look_at_lesion(record: dict, subject: Subject, lesion: Volume, brain: np.ndarray) -> None:
@@ -304,12 +336,19 @@ class _Memory:
         except (OSError, ValueError, AttributeError):
             self.records = {}
 
-    def key(self, subject: Subject, modalities: tuple[str, ...]) -> str:
+    def has(self, key: str) -> bool:
+        """Whether a record is there, and the brain that was extracted for it."""
+        record = self.records.get(key)
+        return record is not None and (not record["extracted"] or kept(record["identity"]) is not None)
+
+    def key(self, subject: Subject, modalities: tuple[str, ...], extraction: str) -> str:
         scans = [*(subject.scans[m] for m in subject.having(modalities)), subject.lesion_mask]
         beside = [acquisition.sidecar(subject.scans[m]) for m in subject.having(modalities)]
         files = [f for scan in scans if scan for f in (sorted(scan.iterdir()) if scan.is_dir() else [scan])] + beside
         seen = [(os.path.realpath(f), *((s.st_size, s.st_mtime_ns) if (s := _stat(f)) else ())) for f in files]
-        return hashlib.sha256(json.dumps([EXAMINATION, seen, modalities, subject.healthy]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([EXAMINATION, seen, modalities, subject.healthy, extraction]).encode()
+        ).hexdigest()
 
     def keep(self) -> None:
         good = {key: record for key, record in self.records.items() if not record["problems"]}
@@ -407,9 +446,31 @@ def _notes(subjects, facts, splits, training, left_out) -> Iterator[str]:
     unoriented = [name for s in subjects for name in facts[s.id]["unoriented"]]
     if unoriented:
         yield f"No orientation in the header, taken as right, anterior, superior: {', '.join(unoriented)}."
+    yield from _brain_notes(subjects, facts)
     yield from _series_notes({f"{s.id} {m}": (facts[s.id], m) for s in subjects for m in facts[s.id]["notes"]})
     for one in left_out:
         yield f"Left out: {one['subject']}. {one['why']}"
+
+
+def _brain_notes(subjects, facts) -> Iterator[str]:
+    """How brains were extracted, which of them look wrong, and whose lesion lies outside."""
+    heads: dict[tuple[str, str], list[str]] = {}
+    for s in subjects:
+        if facts[s.id]["extracted"]:
+            heads.setdefault(tuple(facts[s.id]["extracted"]), []).append(s.id)
+    for (modality, method), names in heads.items():
+        many = "1 subject shows" if len(names) == 1 else f"{len(names)} subjects show"
+        yield (
+            f"{many} the whole head; the brain was extracted from {modality} by {method}; look at the masks in "
+            "01_preprocessing."
+        )
+    doubtful = [f"{s.id} ({'; '.join(facts[s.id]['flags'])})" for s in subjects if facts[s.id]["flags"]]
+    if doubtful:
+        yield f"Brains unlike an adult's, look at their masks: {', '.join(doubtful)}."
+    for s in subjects:
+        lost, whole = facts[s.id]["lesion_outside_brain_ml"], facts[s.id]["lesion_ml"]
+        if lost > MOST_LOST * whole:
+            yield f"{s.id}: {100 * lost / whole:.0f} % of its lesion lies outside the brain and is not judged."
 
 
 def _span(values) -> str:
