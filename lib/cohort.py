@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -299,18 +299,21 @@ def _parallel(jobs, count: int) -> Iterator:
 
 
 def _prepare_subject(subject: Subject, found: dict, recipe: Recipe, folder: Path) -> None:
-    scans = {m: read_scan(subject.scans[m]) for m in subject.having(recipe.modalities)}
-    if found["extracted"]:
-        scans = extracted_brain(scans, found["identity"])
+    scans = read_brain(subject, recipe.modalities, found)
     lesion = read_scan(subject.lesion_mask, constant_allowed=True) if subject.lesion_mask else None
     _write_subject(prepare(scans, lesion, recipe), folder / subject.id)
 
 
-def extracted_brain(scans: Mapping[str, Volume], identity: str) -> dict[str, Volume]:
-    """Scans without what lies outside the brain that the examination found in them."""
-    inside = kept(identity)
+def read_brain(subject: Subject, modalities: Sequence[str], found: dict) -> dict[str, Volume]:
+    """Those of some modalities that a subject has, without what lies outside the brain, which its examination has found
+    where they show the whole head."""
+    scans = {m: read_scan(subject.scans[m]) for m in subject.having(modalities)}
+    if not found["extracted"]:
+        return scans
+    inside = kept(found["identity"])
     if inside is None:
-        raise CourseError("An extracted brain is gone from data/prepared/brains.", "Start again; it is made anew.")
+        what = f"The brain that was extracted of {subject.id} is gone from data/prepared/brains."
+        raise CourseError(what, "Start again: it is made anew.")
     return {m: extracted(m, scan, inside) for m, scan in scans.items()}
 
 
