@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, lru_cache, partial
 from importlib.metadata import version
@@ -25,7 +25,8 @@ from lib import ROOT, dicom, intensities, privacy, registration, run_folder, vol
 from lib.conventions import hidden_names
 from lib.datasets import read_lesion, read_scan, read_subject
 from lib.errors import CourseError, check_choice
-from lib.intake import BRAIN_LITRES, LESION_FREE, Gathered, content, examine_scan, is_healthy, is_outlined
+from lib.extraction import find, kept
+from lib.intake import LESION_FREE, Gathered, content, examine_scan, is_healthy, is_outlined
 from lib.preprocessing import OwnGrid, Prepared, Recipe, canonical, extracted, prepare
 from lib.refusals import refusal
 from lib.subjects import Subject
@@ -104,13 +105,14 @@ def prepare_scan(
     standard: Mapping[str, Sequence[float]] | None = None,
     keep: Path | None = None,
 ) -> "PreparedSubject":
-    """Prepare one person's brain-extracted scans outside any cohort, without a lesion mask, named after the first file.
+    """Prepare one person's scans outside any cohort, without a lesion mask, named after the first file.
 
     `scans`: a file for each of the recipe's modalities that there is; `brain`: a mask on their grid, above 0 in the
-    brain, for scans that show more; `standard`: of intensities, as a cohort's manifest has it where the recipe's
-    normalisation is learnt; `keep`: the folder it is kept in, else `data/prepared/scans`. Its facts have `scan_shape`
-    and `scan_affine`, the grid of the first file, `missing`, `notes` of reading and `unoriented` files. Raises
-    CourseError that lists what the examination finds wrong with the files.
+    brain; without one the brain is extracted from scans that show the whole head; `standard`: of intensities, as a
+    cohort's manifest has it where the recipe's normalisation is learnt; `keep`: the folder it is kept in, else
+    `data/prepared/scans`. Its facts have `scan_shape` and `scan_affine`, the grid of the first file, `missing`, `notes`
+    of reading, `unoriented` files, and `extracted` and `flags` as `intake.examine` has them.
+    Raises CourseError that lists what the examination finds wrong with the files.
     """
     unknown = [m for m in scans if m not in (standard or {})] if recipe.normalisation in intensities.STANDARDS else []
     if unknown:
@@ -119,10 +121,15 @@ def prepare_scan(
     subject = _alone({m: Path(scans[m]) for m in recipe.modalities if m in scans})
     read = {m: read_scan(path) for m, path in subject.scans.items()}
     grid, name = next(iter(read.values())), subject.id
-    ready = _extracted(subject, read, brain) if brain else read
+    found = None if brain or not _on_one_grid(read.values()) else find(read)
+    if found:
+        inside = Volume(found[0], canonical(grid).affine)
+        ready = {m: extracted(m, scan, inside) for m, scan in read.items()}
+    else:
+        ready = _extracted(subject, read, brain) if brain else read
     record = examine_scan(subject, ready, recipe.size * recipe.pixel_mm)
     if record["problems"]:
-        raise _refusal(name, record, brain)
+        raise _refusal(name, record, found)
     if grid.voxels.shape[2] == 1 and nibabel.io_orientation(grid.affine)[2, 0] != 2:
         raise CourseError(f"{name} is a single slice that is not axial.", "Give an axial slice, or the whole series.")
     if grid.voxels.shape[2] == 1 and recipe.register:
@@ -138,6 +145,7 @@ def prepare_scan(
     about |= {"acquisition": record["acquisition"], "missing": [m for m in recipe.modalities if m not in scans]}
     about |= {"scan_shape": grid.voxels.shape, "scan_affine": grid.affine.tolist()}
     about |= {"notes": record["notes"], "unoriented": record["unoriented"]}
+    about |= {"extracted": list(found[1:]) if found else [], "flags": record["flags"]}
     return PreparedSubject.load(folder / name, about | facts)
 
 
@@ -364,6 +372,7 @@ def _identity(gathered: Gathered, recipe: Recipe) -> str:
             s.site,
             s.kind,
             gathered.facts[s.id]["identity"],
+            *gathered.facts[s.id]["extracted"],
             _acquisition(gathered.facts[s.id], s, recipe),
         ]
         for s in gathered.subjects
@@ -394,14 +403,14 @@ def _standard(gathered: Gathered, recipe: Recipe, folder: Path, cluster: str) ->
 
 
 def _for_each(work: Callable, subjects: Sequence[Subject], gathered: Gathered, what: str, cluster: str) -> Iterator:
-    """`work` of each subject with the identity of its voxels when they were examined."""
-    items = [(s, gathered.facts[s.id]["identity"]) for s in subjects]
+    """`work` of each subject with what its examination has found."""
+    items = [(s, gathered.facts[s.id]) for s in subjects]
     needs = [path for s in subjects for path in s.scans.values()]
     writes = ROOT / "data" / "prepared"
     return workers.each(work, items, what=what, unit="subject", cluster=cluster, needs=needs, writes=writes)
 
 
-def _look(examined: tuple[Subject, str], recipe: Recipe) -> dict[str, np.ndarray]:
+def _look(examined: tuple[Subject, dict], recipe: Recipe) -> dict[str, np.ndarray]:
     """The percentiles of a training subject's healthy slices, by modality."""
     there = examined[0].having(recipe.modalities)
     plain = replace(recipe, modalities=there, normalisation="max", register="", clahe=False, slices="all")
@@ -411,23 +420,23 @@ def _look(examined: tuple[Subject, str], recipe: Recipe) -> dict[str, np.ndarray
     return {m: intensities.percentiles(one[usable], way) for m, one in images.items() if usable.any()}
 
 
-def _prepare_subject(examined: tuple[Subject, str], recipe: Recipe, folder: Path, standard: Mapping) -> None:
+def _prepare_subject(examined: tuple[Subject, dict], recipe: Recipe, folder: Path, standard: Mapping) -> None:
     target = folder / examined[0].id
     if not (target / "facts.json").exists():  # otherwise another run was quicker
         _write_subject(_prepared(examined, recipe, standard), target)
 
 
-def _prepared(examined: tuple[Subject, str], recipe: Recipe, standard: Mapping | None = None) -> Prepared:
-    """A subject, with the identity of its voxels when they were examined; what has changed since is refused."""
-    subject, identity = examined
+def _prepared(examined: tuple[Subject, dict], recipe: Recipe, standard: Mapping | None = None) -> Prepared:
+    """A subject, with what its examination has found; what has changed since is refused."""
+    subject, found = examined
     try:
         scans, lesion = read_subject(subject, recipe.modalities), read_lesion(subject)
     except CourseError as error:
         raise refusal("E15", subject=subject.id) from error
-    if content([*scans.values(), lesion]) != identity:
+    if content([*scans.values(), lesion]) != found["identity"]:
         raise refusal("E15", subject=subject.id)
     try:
-        return prepare(scans, lesion, recipe, standard)
+        return prepare(_brain_alone(subject, scans, found), lesion, recipe, standard)
     except CourseError as error:
         raise CourseError(f"{subject.id}: {error.what}", error.cure) from error
 
@@ -450,6 +459,22 @@ def _clear(folder: Path) -> None:
         with contextlib.suppress(OSError):  # it was moved into place just now
             if gone or time.time() - place.stat().st_mtime > WRITING_SECONDS:
                 shutil.rmtree(place)
+
+
+def read_brain(subject: Subject, modalities: Sequence[str], found: dict) -> dict[str, Volume]:
+    """Those of some modalities that a subject has, without what lies outside the brain, which its examination has found
+    where they show the whole head."""
+    return _brain_alone(subject, read_subject(subject, modalities), found)
+
+
+def _brain_alone(subject: Subject, scans: dict[str, Volume], found: dict) -> dict[str, Volume]:
+    if not found["extracted"]:
+        return scans
+    inside = kept(found["identity"])
+    if inside is None:
+        what = f"The brain that was extracted of {subject.id} is gone from data/prepared/brains."
+        raise CourseError(what, "Start again: it is made anew.")
+    return {m: extracted(m, scan, inside) for m, scan in scans.items()}
 
 
 def _write_subject(prepared: Prepared, target: Path) -> None:
@@ -506,10 +531,16 @@ def _extracted(subject: Subject, scans: Mapping[str, Volume], brain: Path) -> di
     return {m: extracted(m, scan, inside) for m, scan in scans.items()}
 
 
-def _refusal(name: str, record: dict, brain: Path | None) -> CourseError:
-    litres, most = record["brain_litres"], BRAIN_LITRES[1]
-    if litres > most and not brain:
-        what = f"{name} shows more than a brain: {litres:.2f} litres are above 0, and a brain has at most {most:g}."
+def _on_one_grid(scans: Iterable[Volume]) -> bool:
+    first, *others = (canonical(scan) for scan in scans)
+    return all(volumes.same_grid(first.voxels.shape, first.affine, o.voxels.shape, o.affine) for o in others)
+
+
+def _refusal(name: str, record: dict, found: tuple | None) -> CourseError:
+    if found and not record["quality"]:
+        what = (
+            f"No brain was found in {name}: of the head that it shows, {found[2]} left {record['brain_litres']} litres."
+        )
         return CourseError(what, "Give a brain-extracted scan, or a mask of its brain by --mask.")
     return CourseError("\n".join(what for what, _ in record["problems"]), record["problems"][0][1])
 
@@ -536,6 +567,9 @@ def _manifest(identity: str, gathered: Gathered, recipe: Recipe, folder: Path) -
                 "lesion_ml": found["lesion_ml"],
                 "brain_litres": found["brain_litres"],
                 "lesion_outside_brain_ml": found["lesion_outside_brain_ml"],
+                "extracted": found["extracted"],
+                "quality": found["quality"],
+                "flags": found["flags"],
                 **json.loads((folder / s.id / "facts.json").read_bytes()),
             }
         )

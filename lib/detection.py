@@ -373,6 +373,14 @@ def _reading(subject: PreparedSubject) -> Iterator[str]:
     yield from dict.fromkeys(note for notes in subject.facts["notes"].values() for note in notes)
     if subject.facts["unoriented"]:
         yield "The header does not say where the axes point; they are taken as right, anterior, superior."
+    if subject.facts["extracted"]:
+        modality, method = subject.facts["extracted"]
+        yield (
+            f"It shows the whole head: the brain was extracted from {modality} by {method}. Look whether it is whole; "
+            "if not, give a mask of it."
+        )
+    if subject.facts["flags"]:
+        yield f"Its brain is unlike an adult's: {'; '.join(subject.facts['flags'])}."
     if subject.registration_doubt:
         yield f"Registration is doubtful: {subject.registration_doubt}."
     yield from (f"There is no {m}; its channel is 0." for m in subject.facts["missing"])

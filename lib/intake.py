@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lib import ROOT, acquisition, datasets, dicom, pictures, privacy, volumes, workers
+from lib import ROOT, acquisition, datasets, dicom, pictures, privacy, quality, volumes, workers
 from lib.boxes import extent_mm
 from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES
-from lib.errors import CourseError, check_least
+from lib.errors import CourseError, check_choice, check_least
+from lib.extraction import BONE_HU, CHOICES, MOST_BONE, find, keep, kept, shows_head
 from lib.intensities import CT_WINDOW
 from lib.preprocessing import brain_mask, canonical, signal
 from lib.progress import bar
@@ -27,7 +28,7 @@ BRAIN_LITRES = (0.3, 3.0)
 LEAST_LEVELS = 16
 EXAMINATION = 5  # raised whenever records change their meaning, so that older ones are forgotten
 MOST_NEGATIVE = 0.001  # share of voxels; interpolation leaves a few
-BONE_HU, MOST_BONE = 300, 0.02  # share of voxels; calcifications and blood are less
+MOST_LOST = 0.03  # share of a lesion outside the brain above which a subject is named
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def gather(
     splits: str = "",
     skip_broken: bool = False,
     incomplete: bool = False,
+    extraction: str = "auto",
     seed: int = 0,
     healthy: int = 24,
     patients: int = 16,
@@ -66,16 +68,18 @@ def gather(
     `data`: a folder, or "" for the embedded cohort of `healthy` subjects and `patients` at `voxel_mm`;
     `healthy_data`: one of healthy subjects beside it;
     `modalities`: names joined by commas, "" for the one that is usual among the subjects; `incomplete`: whether one of
-    them is enough; `size` × `pixel_mm`: the square that a brain must fit; `cluster`: as in workers.each.
+    them is enough; `size` × `pixel_mm`: the square that a brain must fit; `extraction`: "auto" finds the brain in scans
+    that show the whole head, "never" refuses them; `cluster`: as in workers.each.
     Raises CourseError that lists every problem of every scan, unless `skip_broken`, which leaves those subjects out.
     """
     check_least("seed", seed, 0)
+    check_choice("extraction", extraction, CHOICES)
     _check_patients(data, healthy_data)
     folder = Path(data) if data else _embedded(healthy, patients, voxel_mm, seed)
     dataset = datasets.find_subjects(folder, layout, healthy_data)
     dataset, wanted = datasets.with_modalities(dataset, modalities or ("" if data else "FLAIR"))
     subjects, lacking = _with_modalities(dataset.subjects, wanted, incomplete)
-    facts = examine(subjects, wanted, size * pixel_mm, cluster)
+    facts = examine(subjects, wanted, size * pixel_mm, extraction, cluster)
     broken = {s: record["problems"] for s, record in facts.items() if record["problems"]}
     if broken and not skip_broken:
         raise _refusal(broken, len(subjects), dataset.notes[0])
@@ -102,7 +106,11 @@ def _check_patients(data: str, healthy_data: str) -> None:
 
 
 def examine(
-    subjects: tuple[Subject, ...], modalities: tuple[str, ...], side_mm: float, cluster: str = ""
+    subjects: tuple[Subject, ...],
+    modalities: tuple[str, ...],
+    side_mm: float,
+    extraction: str = "auto",
+    cluster: str = "",
 ) -> dict[str, dict]:
     """What is found in each subject's files, by subject.
 
@@ -110,16 +118,17 @@ def examine(
     `identity` (a checksum of all voxels and grids, the lesion mask's too), `brain_litres`, `extent_mm` and `voxel_mm`
     (right, anterior, superior), `lesion_ml`, `lesion_outside_brain_ml`, `lesion_labels`, `unoriented` (files whose axes
     are assumed), and by modality `acquisition` (facts as `datasets.acquisition`), `series` (slices and mm of a DICOM
-    series), `notes` (of reading).
+    series), `notes` (of reading); of scans that showed a head, `extracted` (the modality and by what the brain was
+    found, kept by `extraction.keep`), else []; `quality` of the brain's mask and `flags`, what of it is unlike a brain.
     A brain longer than `side_mm` is a problem.
     Good files that have not changed since they were examined, by size and time, are not read again; each subject is
     remembered as soon as it is done. `cluster`: as in workers.each.
     """
     memory = _Memory(ROOT / "data" / "examined")
-    records = {s.id: memory.recall(memory.key(s, modalities)) for s in subjects}
+    records = {s.id: memory.recall(memory.key(s, modalities, extraction)) for s in subjects}
     waiting = [s for s in subjects if not records[s.id]]
     shared = {"cluster": cluster, "needs": [p for s in waiting for p in s.scans.values()], "writes": memory.folder}
-    work = partial(_examine_and_keep, modalities, memory)
+    work = partial(_examine_and_keep, modalities, extraction, memory)
     found = workers.each(work, waiting, what="examining", unit="subject", **shared)
     records |= {s.id: record for s, record in zip(waiting, found, strict=True)}
     return _with_square(_with_duplicates(records), side_mm)
@@ -129,7 +138,7 @@ def examine_scan(subject: Subject, scans: Mapping[str, Volume], side_mm: float) 
     """The record of one person's scans that are read already, as `examine` gives it. Of a single slice, the brain may
     be of any volume up to the usual."""
     record = _record()
-    _look(record, subject, scans, None)
+    _look(record, subject, scans, None, "never")
     return _with_square(_with_duplicates({subject.id: record}), side_mm)[subject.id]
 
 
@@ -137,31 +146,34 @@ def _record() -> dict:
     return {
         "problems": [], "checksums": {}, "identity": "", "brain_litres": 0.0, "extent_mm": [0, 0, 0],
         "voxel_mm": [1, 1, 1], "lesion_ml": 0.0, "lesion_outside_brain_ml": 0.0, "lesion_labels": [],
-        "unoriented": [], "acquisition": {}, "series": {}, "notes": {},
+        "unoriented": [], "acquisition": {}, "series": {}, "notes": {}, "extracted": [],
+        "quality": {}, "flags": [],
     }  # fmt: skip
 
 
-def _examine_and_keep(modalities: tuple[str, ...], memory: "_Memory", subject: Subject) -> dict:
-    key = memory.key(subject, modalities)
-    record = _examine_subject(subject, modalities)
+def _examine_and_keep(modalities: tuple[str, ...], extraction: str, memory: "_Memory", subject: Subject) -> dict:
+    key = memory.key(subject, modalities, extraction)
+    record = _examine_subject(subject, modalities, extraction)
     memory.keep(key, record)
     return record
 
 
-def _examine_subject(subject: Subject, modalities: tuple[str, ...]) -> dict:
+def _examine_subject(subject: Subject, modalities: tuple[str, ...], extraction: str) -> dict:
     record = _record()
     scans = {m: _attempt(record, datasets.read_modality, subject, m) for m in subject.having(modalities)}
     lesion = _attempt(record, datasets.read_lesion, subject)
-    _look(record, subject, scans, lesion)
+    _look(record, subject, scans, lesion, extraction)
     return record
 
 
-def _look(record: dict, subject: Subject, scans: Mapping[str, Volume | None], lesion: Volume | None) -> None:
+def _look(
+    record: dict, subject: Subject, scans: Mapping[str, Volume | None], lesion: Volume | None, extraction: str
+) -> None:
     """Fill a record. Of single slices, the brain may be of any volume up to the usual."""
     for modality, volume in scans.items():
         if volume:
             record["checksums"][modality] = volumes.checksum(volume.voxels)
-            record["problems"] += _intensity_problems(subject.scans[modality], modality, volume)
+            record["problems"] += _intensity_problems(subject.scans[modality], modality, volume, extraction)
             record["unoriented"] += [] if volume.oriented else [subject.hiding(subject.scans[modality].name)]
             _look_at_acquisition(record, modality, subject.scans[modality], volume)
     if lesion and lesion.notes:
@@ -169,7 +181,7 @@ def _look(record: dict, subject: Subject, scans: Mapping[str, Volume | None], le
     if not record["problems"]:
         record["identity"] = content([*scans.values(), lesion])
         flat = all(volume.voxels.shape[2] == 1 for volume in scans.values())
-        _look_at_brain(record, subject, scans, lesion, (0.0, BRAIN_LITRES[1]) if flat else BRAIN_LITRES)
+        _look_at_brain(record, subject, scans, lesion, (0.0, BRAIN_LITRES[1]) if flat else BRAIN_LITRES, extraction)
     record["problems"] = [(_told(subject, what), cure) for what, cure in record["problems"]]
 
 
@@ -210,21 +222,24 @@ def _attempt(record: dict, read: Callable[..., Volume | None], *what) -> Volume 
         return None
 
 
-def _intensity_problems(path, modality: str, volume: Volume):
+def _intensity_problems(path, modality: str, volume: Volume, extraction: str):
     if modality == "CT":
-        yield from _hounsfield_problems(path, volume)
+        yield from _hounsfield_problems(path, volume, extraction)
     elif (volume.voxels < 0).mean() > MOST_NEGATIVE:
         yield words("E01", path=path)
-    if volume.voxels.shape[2] == 1 and not pictures.on_black(volume):
+    grey = volume.voxels.shape[2] == 1 and not pictures.on_black(volume)
+    if grey and (extraction == "never" or not shows_head(volume, modality)):
         yield words("E07", path=path)
     if len(np.unique(volume.voxels[::2, ::2, ::2])) < LEAST_LEVELS:
         yield words("E02", path=path, least=LEAST_LEVELS)
 
 
-def _hounsfield_problems(path, volume: Volume):
+def _hounsfield_problems(path, volume: Volume, extraction: str):
     found = volume.voxels[signal("CT", volume.voxels)]
     bone = float((found > BONE_HU).mean()) if len(found) else 0.0
     middle = float(np.median(found)) if len(found) else 0.0
+    if bone > MOST_BONE and extraction == "auto":
+        return
     if not CT_WINDOW[0] <= middle <= CT_WINDOW[1]:
         yield words("E03", path=path, middle=middle)
     elif bone > MOST_BONE:
@@ -232,7 +247,12 @@ def _hounsfield_problems(path, volume: Volume):
 
 
 def _look_at_brain(
-    record: dict, subject: Subject, scans: Mapping[str, Volume], lesion: Volume | None, allowed: tuple[float, float]
+    record: dict,
+    subject: Subject,
+    scans: Mapping[str, Volume],
+    lesion: Volume | None,
+    allowed: tuple[float, float],
+    extraction: str,
 ) -> None:
     scans, lesion = {m: canonical(v) for m, v in scans.items()}, canonical(lesion) if lesion else None
     first, *others = scans.values()
@@ -243,19 +263,35 @@ def _look_at_brain(
             record["problems"].append(words("E05", path=path, other=other))
     if record["problems"]:
         return
-    brain = brain_mask([signal(m, v.voxels) for m, v in scans.items()])
+    found = find(scans) if extraction == "auto" else None
+    if found:
+        brain, record["extracted"] = found[0], list(found[1:])
+        keep(record["identity"], Volume(brain, first.affine))
+    else:
+        brain = brain_mask([signal(m, v.voxels) for m, v in scans.items()])
     litres = float(brain.sum() * first.millilitres / 1000)
     record["brain_litres"] = round(litres, 3)
     least, most = allowed
-    if not least <= litres <= most:
-        above, outside = ("not background", "one value") if "CT" in scans else ("above 0", "0")
-        fields = {"litres": litres, "above": above, "outside": outside, "least": least, "most": most}
-        record["problems"].append(words("E06", subject=subject.id, **fields))
+    if not least <= litres <= most or not brain.any():
+        record["problems"].append(_no_brain(subject, scans, record, allowed))
         return
+    record["quality"] = quality.measured(brain, first.voxel_mm)
+    record["flags"] = quality.flags(record["quality"], brain.shape[2])
     record["extent_mm"] = extent_mm(brain, first.voxel_mm).round(1).tolist()
     record["voxel_mm"] = first.voxel_mm.round(4).tolist()
     if lesion:
         _look_at_lesion(record, subject, lesion, brain)
+
+
+def _no_brain(
+    subject: Subject, scans: Mapping[str, Volume], record: dict, allowed: tuple[float, float]
+) -> tuple[str, str]:
+    said = {"subject": subject.id, "litres": record["brain_litres"], "least": allowed[0], "most": allowed[1]}
+    if record["extracted"]:
+        modality, method = record["extracted"]
+        return words("E16", modality=modality, method=method, **said)
+    above, outside = ("not background", "one value") if "CT" in scans else ("above 0", "0")
+    return words("E06", above=above, outside=outside, **said)
 
 
 def _look_at_lesion(record: dict, subject: Subject, lesion: Volume, brain: np.ndarray) -> None:
@@ -307,20 +343,22 @@ class _Memory:
 
     folder: Path
 
-    def key(self, subject: Subject, modalities: tuple[str, ...]) -> str:
+    def key(self, subject: Subject, modalities: tuple[str, ...], extraction: str) -> str:
         paths = [subject.scans[m] for m in subject.having(modalities)]
         scans = [*paths, subject.lesion_mask, subject.brain]
         beside = [other for path in paths for other in (acquisition.sidecar(path), path.with_suffix(".hdr"))]
         files = [f for scan in scans if scan for f in (sorted(scan.iterdir()) if scan.is_dir() else [scan])] + beside
         seen = [(os.path.realpath(f), *_state(f)) for f in files]
-        asked = [EXAMINATION, seen, modalities, subject.healthy, sorted(subject.channels.items())]
+        asked = [EXAMINATION, seen, modalities, subject.healthy, sorted(subject.channels.items()), extraction]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def recall(self, key: str) -> dict | None:
-        """The record of good files, None where there is none; a damaged one is as good as none."""
+        """The record of good files, None where there is none; a damaged one is as good as none, and so is one whose
+        extracted brain is gone."""
         try:
             record = json.loads((self.folder / f"{key}.json").read_bytes())
-            return record if record.keys() == _record().keys() else None
+            whole = record.keys() == _record().keys()
+            return record if whole and (not record["extracted"] or kept(record["identity"])) else None
         except (OSError, ValueError, AttributeError):
             return None
 
@@ -439,9 +477,31 @@ def _notes(subjects, facts, splits, training, left_out) -> Iterator[str]:
     unoriented = [name for s in subjects for name in facts[s.id]["unoriented"]]
     if unoriented:
         yield f"No orientation in the header, taken as right, anterior, superior: {', '.join(unoriented)}."
+    yield from _brain_notes(subjects, facts)
     yield from _series_notes({f"{s.id} {m}": (facts[s.id], m) for s in subjects for m in facts[s.id]["notes"]})
     for one in left_out:
         yield f"Left out: {one['subject']}. {one['why']}"
+
+
+def _brain_notes(subjects, facts) -> Iterator[str]:
+    """How brains were extracted, which of them look wrong, and whose lesion lies outside."""
+    heads: dict[tuple[str, str], list[str]] = {}
+    for s in subjects:
+        if facts[s.id]["extracted"]:
+            heads.setdefault(tuple(facts[s.id]["extracted"]), []).append(s.id)
+    for (modality, method), names in heads.items():
+        many = "1 subject shows" if len(names) == 1 else f"{len(names)} subjects show"
+        yield (
+            f"{many} the whole head; the brain was extracted from {modality} by {method}; look at the masks in "
+            "01_preprocessing."
+        )
+    doubtful = [f"{s.id} ({'; '.join(facts[s.id]['flags'])})" for s in subjects if facts[s.id]["flags"]]
+    if doubtful:
+        yield f"Brains unlike an adult's, look at their masks: {', '.join(doubtful)}."
+    for s in subjects:
+        lost, whole = facts[s.id]["lesion_outside_brain_ml"], facts[s.id]["lesion_ml"]
+        if lost > MOST_LOST * whole:
+            yield f"{s.id}: {100 * lost / whole:.0f} % of its lesion lies outside the brain and is not judged."
 
 
 def _span(values) -> str:

@@ -17,6 +17,7 @@ from lib.volumes import Volume
 
 HALVINGS = 16
 AIR_HU = -500
+DARKEST = 1e-3  # what is 0 inside a mask of the brain is given, so that it stays inside
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,9 @@ def extracted(modality: str, scan: Volume, brain: Volume) -> Volume:
     """A scan without what lies outside a mask of the brain, above 0 and on its grid, whichever way the axes of the two
     files point; turned to right, anterior, superior."""
     turned, inside = canonical(scan), canonical(brain)
-    outside = 2 * AIR_HU if modality == "CT" else 0
-    return replace(scan, voxels=np.where(inside.voxels > 0, turned.voxels, np.float32(outside)), affine=turned.affine)
+    outside, least = (2 * AIR_HU, AIR_HU + 1) if modality == "CT" else (0, DARKEST)
+    voxels = np.where(inside.voxels > 0, np.maximum(turned.voxels, np.float32(least)), np.float32(outside))
+    return replace(scan, voxels=voxels, affine=turned.affine)
 
 
 def between_empty(scan: Volume) -> Volume:

@@ -111,6 +111,10 @@ REFUSALS: dict[str, tuple[str, str]] = {
         "{subject} has changed since it was examined, or can no longer be read.",
         "Wait until nothing writes to its files any more, then start again.",
     ),
+    "E16": (
+        "{subject}: what was extracted from its {modality} by {method} has {litres:.2f} litres, a brain {least} to {most}.",
+        "Give brain-extracted scans.",
+    ),
 }
 
 

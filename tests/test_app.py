@@ -187,7 +187,7 @@ def test_a_scan_with_more_than_the_brain_is_taken_with_a_mask_of_it(page, course
     volumes.write(tmp_path / "mask.nii.gz", (scan.voxels > 0).astype(np.uint8), scan.affine)
     send(page.rows["FLAIR"][0], (tmp_path / "head_flair.nii.gz").read_bytes())
     page.start.click()
-    assert "shows more than a brain" in text(page)
+    assert "shows the whole head" in text(page)
     assert "--" not in text(page)
     send(page.brain[0], (tmp_path / "mask.nii.gz").read_bytes(), "mask.nii.gz")
     page.start.click()

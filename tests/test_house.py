@@ -20,7 +20,7 @@ FLOORS = {
     "uploads": 1, "detection": 4, "report": 5, "pages": 5, "scrubber": 5, "exchange": 5, "viewer": 5, "app": 5,
     "settings": 6, "runner": 6, "jobs": 6, "runs": 6, "course": 6, "detect": 6, "colours": 0, "scan_page": 4,
     "fetch": 6, "archives": 1, "downloads": 1, "sources": 2, "subjects": 1, "conventions": 1, "layouts": 1,
-    "formats": 1, "participants": 1, "workers": 0,
+    "formats": 1, "participants": 1, "workers": 0, "extraction": 2, "surfaces": 2, "quality": 2,
 }  # fmt: skip
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 EXPLORE = ROOT / "notebooks" / "explore.ipynb"  # the app's page: no part of the course's sequence
