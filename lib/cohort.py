@@ -508,7 +508,7 @@ def _write_subject(prepared: Prepared, target: Path) -> None:
 
 def name_of(scan: Path) -> str:
     """The name of a scan's file or folder without its ending; "scan" where it leads to a person."""
-    name = re.sub(r"\.(nii|nii\.gz|png|jpe?g)$", "", scan.absolute().name, flags=re.IGNORECASE)
+    name = re.sub(r"\.(nii|nii\.gz|png|jpe?g|mha|img)$", "", scan.absolute().name, flags=re.IGNORECASE)
     return "scan" if not name or privacy.leads(name, dicom.patient(scan)) else name
 
 

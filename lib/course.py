@@ -93,7 +93,7 @@ def _parse(arguments: list[str] | None) -> dict:
     add("--data", metavar="DIR", type=_from_root, help="folder of scans; without it the embedded cohort")
     add("--healthy", metavar="DIR", type=_from_root, help="folder of healthy subjects' scans, beside --data")
     add("--layout", metavar="NAME", help="how that folder is laid out, where it is not recognised")
-    add("--modality", metavar="FLAIR[,T2]", help="what the detectors see")
+    add("--modality", metavar="FLAIR[,T2]", help="what the detectors see; else what is usual in the folder")
     add("--splits", metavar="FILE", type=_from_root, help="which subject is for training, validation, test")
     add("--skip-broken", action="store_true", default=None, help="leave broken scans out, do not refuse")
     add("--profile", choices=("quick", "full", "tiny"), help="parameter values: quick (default), full or tiny")
