@@ -18,8 +18,9 @@ import numpy as np
 from scipy import ndimage
 
 from lib.cases import Case, Promise
+from lib.colours import FOUND, MAP_COLOURS
 from lib.metrics import CODES, codes, values_of
-from lib.plots import FOUND, MAP_COLOURS, outline
+from lib.plots import outline
 from lib.viewer import SliceViewer
 
 SIZES = {96: (75, 2.0), 240: (155, 1.0)}  # rows and columns of a slice: slices, mm of a voxel's edge

@@ -4,9 +4,7 @@ Widgets for JupyterLab and Voilà. Nothing slow is imported before the first sca
 visit only.
 """
 
-import contextlib
 import json
-import shutil
 import tempfile
 from dataclasses import replace
 from html import escape
@@ -44,12 +42,14 @@ def _is_done(record: Path) -> bool:
         return False
 
 
-def modalities(run: Path) -> tuple[str, ...]:
-    """The modalities of the cohort that a run learnt from; raises CourseError where it is not there any more."""
+def modalities(run: Path) -> tuple[tuple[str, ...], bool]:
+    """The modalities of the cohort that a run learnt from, and whether all of them are needed; raises CourseError where
+    it is not there any more."""
     try:
         cohort = lib.ROOT / json.loads((run / "cohort.json").read_bytes())["path"]
-        return tuple(json.loads((cohort / "manifest.json").read_bytes())["recipe"]["modalities"])
-    except (OSError, ValueError, KeyError) as error:
+        manifest = json.loads((cohort / "manifest.json").read_bytes())
+        return tuple(manifest["recipe"]["modalities"]), not any(s["missing"] for s in manifest["subjects"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CourseError(f"The cohort of the run {run.name} is not there.", "Choose another run.") from error
 
 
@@ -97,7 +97,7 @@ class App(ipywidgets.VBox):
         self.method.options = names
         self.method.value = next((name for name in PREFERRED if name in names), names[0])
         try:
-            there = modalities(self.run.value)
+            there, self.all_needed = modalities(self.run.value)
             self.rows = {one: self.rows.get(one) or self._row(f"{one} scan") for one in there}
             self._say("")
         except CourseError as error:
@@ -120,9 +120,11 @@ class App(ipywidgets.VBox):
             elif upload.received:
                 paths[what] = upload.received.path
                 names[str(upload.received.path)] = upload.name
-            elif what != BRAIN:
-                raise CourseError(f"There is no {what} scan yet.", "Send one, or give its path.")
-        return {what: path for what, path in paths.items() if what != BRAIN}, paths.get(BRAIN), names
+        brain = paths.pop(BRAIN, None)
+        missing = [what for what in self.rows if what not in paths]
+        if missing and (self.all_needed or not paths):
+            raise CourseError(f"There is no {' and no '.join(missing)} scan yet.", "Send one, or give its path.")
+        return paths, brain, names
 
     def _started(self, _) -> None:
         self.start.disabled = True
@@ -142,25 +144,16 @@ class App(ipywidgets.VBox):
         from lib import detection
 
         run, method = self.run.value, self.method.value
-        if len(scans) == 1:  # a run of one modality: another may stand in, and is said to
+        if len(self.rows) == 1:  # a run of one modality: another may stand in, and is said to
             ((modality, path),) = scans.items()
             scans = {detection.modality_of(Path(names.get(str(path), path))) or modality: path}
-        found = detection.detect(scans, run, method, device=self.device, brain=brain, tell=self._say)
-        if names:
-            found = self._moved(found)
+        keep = self.folder if names else None
+        found = detection.detect(scans, run, method, device=self.device, brain=brain, keep=keep, tell=self._say)
         begin = perf_counter()
         self.result.children = [Result(found, self.folder)]
         seconds = {**found.seconds, "picture": perf_counter() - begin}
         times = ", ".join(f"{stage} {took:.1f} s" for stage, took in seconds.items())
         self._say("\n".join([f"{method} of the run {run.name}: {times}.", *(_named(w, names) for w in found.warnings)]))
-
-    def _moved(self, found):
-        """The prepared copy of a scan that was sent, moved to where the visit keeps it."""
-        old = found.subject.folder
-        new = Path(shutil.move(old, Path(tempfile.mkdtemp(dir=self.folder)) / old.name))
-        with contextlib.suppress(OSError):  # another visit's scan of the same name
-            old.parent.rmdir()
-        return replace(found, subject=replace(found.subject, folder=new))
 
     def _say(self, text: str) -> None:
         lines = "<br>".join(escape(line) for line in text.splitlines())

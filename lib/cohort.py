@@ -52,13 +52,15 @@ def prepare_cohort(gathered: Gathered, recipe: Recipe) -> Path:
     return folder
 
 
-def prepare_scan(scans: Mapping[str, Path], recipe: Recipe, brain: Path | None = None) -> "PreparedSubject":
+def prepare_scan(
+    scans: Mapping[str, Path], recipe: Recipe, brain: Path | None = None, keep: Path | None = None
+) -> "PreparedSubject":
     """Prepare one person's brain-extracted scans outside any cohort, without a lesion mask, named after the first file.
 
     `scans`: a file for each of the recipe's modalities that there is; `brain`: a mask on their grid, above 0 in the
-    brain, for scans that show more. Kept in `data/prepared/scans`; its facts have `scan_shape` and `scan_affine`, the
-    grid of the first file, `missing`, `notes` of reading and `unoriented` files. Raises CourseError that lists what
-    the examination finds wrong with the files.
+    brain, for scans that show more; `keep`: the folder it is kept in, else `data/prepared/scans`. Its facts have
+    `scan_shape` and `scan_affine`, the grid of the first file, `missing`, `notes` of reading and `unoriented` files.
+    Raises CourseError that lists what the examination finds wrong with the files.
     """
     subject = _alone({m: Path(scans[m]) for m in recipe.modalities if m in scans})
     read = {m: read_scan(path) for m, path in subject.scans.items()}
@@ -70,7 +72,7 @@ def prepare_scan(scans: Mapping[str, Path], recipe: Recipe, brain: Path | None =
     if grid.voxels.shape[2] == 1 and nibabel.io_orientation(grid.affine)[2, 0] != 2:
         raise CourseError(f"{name} is a single slice that is not axial.", "Give an axial slice, or the whole series.")
     content = json.dumps([FORMAT, asdict(recipe), name, list(read), record["identity"]], sort_keys=True)
-    folder = ROOT / "data" / "prepared" / "scans" / hashlib.sha256(content.encode()).hexdigest()[:16]
+    folder = (keep or ROOT / "data" / "prepared" / "scans") / hashlib.sha256(content.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / name / "facts.json").exists():
         thick = {m: between_empty(v) if v.voxels.shape[2] == 1 else v for m, v in ready.items()}

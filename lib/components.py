@@ -44,6 +44,21 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, slice, slice]:
     return tuple(slice(int(one[0]), int(one[-1]) + 1) for one in places)
 
 
+def largest(mask: np.ndarray) -> np.ndarray:
+    """The largest component of a mask [slice, row, column] with a voxel in it."""
+    label, _ = ndimage.label(mask, TOUCHING)
+    return label == 1 + np.bincount(label.ravel())[1:].argmax()
+
+
+def middle(mask: np.ndarray) -> tuple[int, int, int]:
+    """The voxel of a mask [slice, row, column] that lies deepest inside it."""
+    box = bounding_box(mask)
+    depth = ndimage.distance_transform_edt(np.pad(mask[box], 1))[1:-1, 1:-1, 1:-1]
+    return tuple(
+        int(i) + part.start for i, part in zip(np.unravel_index(depth.argmax(), depth.shape), box, strict=True)
+    )
+
+
 def number(mask: np.ndarray) -> int:
     """How many components a mask [slice, row, column] has."""
     return int(ndimage.label(mask[bounding_box(mask)], TOUCHING)[1]) if mask.any() else 0

@@ -5,20 +5,30 @@ import platform
 import shutil
 import time
 import uuid
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
-from warnings import catch_warnings
 
 import nibabel
 import numpy as np
-from scipy import ndimage, stats
+from scipy import ndimage, special
 
-from lib import RESEARCH, cohort, datasets, dicom, domain, judging, metrics, models, privacy, scoring, volumes
+from lib import (
+    RESEARCH,
+    cohort,
+    datasets,
+    dicom,
+    domain,
+    judging,
+    metrics,
+    models,
+    privacy,
+    scan_page,
+    scoring,
+    volumes,
+)
 from lib.baselines import SLICE_LABELS
 from lib.cohort import Cohort, PreparedSubject
 from lib.components import TOUCHING, bounding_box
@@ -32,7 +42,6 @@ from lib.training import choose_device
 
 PACKAGES = ("numpy", "scipy", "nibabel", "torch", "monai")
 FILES = ("anomaly.nii.gz", "mask.nii.gz", "summary.json", "report.html")
-TEMPLATES = Path(__file__).with_name("templates")
 FALSE_WARNINGS = 0.01  # share of scans like those of training that each kind of warning is given for
 LEAST_SPREAD = 4  # training scans, fewer of which have no spread to speak of
 ROUNDING = 1e-3  # of prepared intensities, which are kept in 16 bits
@@ -175,12 +184,14 @@ def detect(
     device: str = "auto",
     brain: Path | None = None,
     threshold: float | None = None,
+    keep: Path | None = None,
     tell: Callable[[str], object] | None = None,
 ) -> Found:
     """What a method of a run finds in one person's scans, brain-extracted or with a mask of the `brain`.
 
     `scans`: the file of each modality of the run; where it has one alone, a scan of another stands in, with a warning.
-    `threshold`: one's own instead of the one that healthy validation material fixes. `tell` gets a line a stage.
+    `threshold`: one's own instead of the one that healthy validation material fixes; `keep`: as `cohort.prepare_scan`.
+    `tell` gets a line a stage.
     Raises CourseError for a run without cohort or model, a modality that is missing, and what is wrong with the scans.
     """
     run, clock = Path(run).resolve(), _Clock(tell or (lambda line: None))
@@ -190,7 +201,7 @@ def detect(
         detector = _detector(run, method, device)
     with clock("preparation"):
         recipe = Recipe(**prepared.manifest["recipe"] | {"modalities": prepared.modalities})
-        subject = cohort.prepare_scan(placed, recipe, brain)
+        subject = cohort.prepare_scan(placed, recipe, brain, keep)
     with clock("map"):
         anomaly = detector.maps(subject).astype(np.float16).astype(np.float32)
     with clock("threshold"):
@@ -221,7 +232,8 @@ def write(found: Found, out: Path, *, overwrite: bool = False) -> list[Path]:
         volumes.write(place / "mask.nii.gz", found.mask().astype(np.uint8), found.affine)
         summary = found.summary()
         (place / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
-        (place / "report.html").write_text(_page(found, summary), encoding="utf-8")
+        page = scan_page.page(summary, found.subject, found.prepared, found.threshold)
+        (place / "report.html").write_text(page, encoding="utf-8")
         _swap(place, out)
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -247,7 +259,7 @@ def unlike(known: np.ndarray, new: np.ndarray) -> np.ndarray:
     n = len(known)
     if n < LEAST_SPREAD:
         return np.zeros(len(new), bool)
-    quantile = stats.t.ppf(1 - FALSE_WARNINGS / 2 / len(new), n - 1)
+    quantile = special.stdtrit(n - 1, 1 - FALSE_WARNINGS / 2 / len(new))
     spread = np.maximum(known.std(axis=0, ddof=1), ROUNDING)
     return np.abs(new - known.mean(axis=0)) > quantile * spread * np.sqrt(1 + 1 / n)
 
@@ -412,58 +424,3 @@ def _swap(place: Path, out: Path) -> None:
     out.rename(old)
     place.rename(out)
     shutil.rmtree(old)
-
-
-def _page(found: Found, summary: dict) -> str:
-    """One page that loads nothing: figures, what was found where, three planes through it, and a viewer."""
-    from jinja2 import Environment, FileSystemLoader
-
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("scan.html.j2").render(found=found, summary=summary, **_pictures(found))
-
-
-def _pictures(found: Found) -> dict:
-    """The planes through what was found, or the middle of the brain, as PNG; a viewer to click through, as HTML."""
-    import matplotlib.pyplot as plt  # with nilearn's, seconds of imports that the map does not need
-
-    from lib import space
-
-    subject, brain = found.subject, np.asarray(found.subject.brain)
-    top = float(found.prepared.max())
-    limit = found.threshold if 0 < found.threshold < np.inf else max(top, ROUNDING)
-    mask = brain & (found.prepared >= limit)
-    if len(brain) == 1:
-        figure = _slice_alone(found, limit)
-    else:
-        figure = space.planes(subject, found.prepared, limit, space.middle(_largest(mask) if mask.any() else brain))
-    content = BytesIO()
-    figure.savefig(content, format="png")
-    plt.close(figure)
-    planes = f"data:image/png;base64,{b64encode(content.getvalue()).decode()}"
-    if len(brain) == 1:
-        return {"planes": planes, "viewer": ""}
-    with catch_warnings(action="ignore", category=UserWarning):  # where nothing reaches the limit, the page says so
-        return {"planes": planes, "viewer": space.viewer(subject, found.prepared, limit).html}
-
-
-def _slice_alone(found: Found, limit: float):
-    """A picture's one slice, and beside it with the map laid over it and what reaches the limit outlined."""
-    import matplotlib.pyplot as plt
-
-    from lib import plots
-
-    image, anomaly = found.subject.image[0, 0].astype(np.float32), found.prepared[0]
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
-    for axis in axes:
-        axis.imshow(image, cmap="gray", vmin=0, vmax=1.2)
-        axis.axis("off")
-    over = np.ma.masked_less(anomaly, limit / 2)
-    shown = axes[1].imshow(over, cmap=plots.MAP_COLOURS, vmin=0, vmax=3 * limit, alpha=0.8)
-    plots.outline(axes[1], anomaly >= limit, plots.FOUND)
-    figure.colorbar(shown, ax=axes[1], shrink=0.8, label="anomaly, intensity")
-    return figure
-
-
-def _largest(mask: np.ndarray) -> np.ndarray:
-    label, _ = ndimage.label(mask, TOUCHING)
-    return label == 1 + np.bincount(label.ravel())[1:].argmax()

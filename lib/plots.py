@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib import evaluation, metrics
 from lib.cohort import PreparedSubject
+from lib.colours import FOUND, MAP_COLOURS, TRUTH
 from lib.components import bounding_box
 from lib.models.detector import SliceDetector
 
@@ -22,9 +24,8 @@ plt.rcParams.update({
     "axes.titlesize": 8, "legend.frameon": False, "image.origin": "lower", "image.interpolation": "nearest",
 })  # fmt: skip
 
-TRUTH, FOUND = "#00b3a4", "#ff9f1c"
-MAP_COLOURS = "inferno"
 BARS = ("#00b3a4", "#9aa5b1", "#ff9f1c")
+RIM = [withStroke(linewidth=2.2, foreground="black", alpha=0.6)]
 BAND_RESAMPLES = 300
 GALLERY_COLUMNS, GALLERY_STEPS = 10, 20  # pictures in a row; colours of a scale
 GALLERY_EDGES = {"left": 0.01, "right": 0.99, "bottom": 0.01, "top": 0.95, "wspace": 0.04, "hspace": 0.3}
@@ -48,10 +49,11 @@ def slices(images: Sequence[np.ndarray], titles: Sequence[str], *, unit: str = "
     return figure
 
 
-def outline(axis: Axes, mask: np.ndarray, colour: str = TRUTH) -> None:
-    """Draw the edge of a mask [row, column]; nothing for an empty one."""
+def outline(axis: Axes, mask: np.ndarray, colour: str = TRUTH, **placed) -> None:
+    """Draw the edge of a mask [row, column], with a dark rim that shows it on bright colours too; nothing for an empty
+    one. `placed`: as matplotlib's contour takes it."""
     if mask.any():
-        axis.contour(mask, [0.5], colors=colour, linewidths=1)
+        axis.contour(mask, [0.5], colors=colour, linewidths=1, **placed).set_path_effects(RIM)
 
 
 def cases(

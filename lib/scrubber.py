@@ -16,9 +16,11 @@ from PIL import Image
 
 from lib import cohort, evaluation, metrics, plots, scoring
 from lib.cohort import Cohort, PreparedSubject
+from lib.colours import FOUND, MAP_COLOURS, TRUTH
 from lib.components import bounding_box
 from lib.errors import CourseError
 from lib.pages import picture
+from lib.slice_views import tiled
 
 RESIDUAL = "residual, in {}"
 METHODS = {  # what the values of a map are; of these, the first that a run has are shown
@@ -36,7 +38,6 @@ INTENSITIES = {  # ends and unit of the grey scale by normalisation
     "slice_range": (0, 1, "shares of the slice's range of intensity"),
 }
 COLUMNS = 12  # tiles in a row of a sprite
-BLOCK = 8  # pixels, to multiples of which tiles are filled up
 MOST_PIXELS = 25_000_000  # of all volumes; where there are more, every second pixel is shown, or every third
 MOST_BYTES = 2_000_000  # of all sprites; as text a third more
 QUALITIES = (85, 75, 60, 45, 30, 15)  # of WebP: the first with which sprites are small enough, or the last
@@ -68,7 +69,7 @@ def read(folder: Path) -> dict | None:
     shown = [_subject(s, [m["maps"][s.id] for m in methods], methods, own) for s in subjects]
     quality = _encode(shown)
     return {"subjects": shown, "methods": methods, "left_out": left_out, "still": still, "colours": _colours(),
-            "outlines": {"truth": plots.TRUTH, "found": plots.FOUND}, "columns": COLUMNS, "quality": quality,
+            "outlines": {"truth": TRUTH, "found": FOUND}, "columns": COLUMNS, "quality": quality,
             "rate": metrics.PROMISED_FPR, "training": own.training}  # fmt: skip
 
 
@@ -78,19 +79,6 @@ def chosen(own: Cohort) -> list[PreparedSubject]:
     sick = sorted((s for s in test if _lesion_ml(s)), key=_lesion_ml, reverse=True)
     places = dict.fromkeys((2 * third + 1) * len(sick) // 6 for third in range(3) if sick)
     return [sick[i] for i in places] + [s for s in test if s.healthy][:1]
-
-
-def tiled(stack: np.ndarray, step: int = 1) -> np.ndarray:
-    """Slices [slice, row, column] side by side, COLUMNS in a row, the front of the head at the top: [row, column].
-
-    Of each slice every `step`-th pixel, in a tile with an empty edge and sides that are multiples of BLOCK.
-    """
-    slices = stack[:, ::-1][:, ::step, ::step]
-    count, height, width = slices.shape
-    rows, high, wide = (-(-n // unit) for n, unit in ((count, COLUMNS), (height + 2, BLOCK), (width + 2, BLOCK)))
-    tiles = np.zeros((rows * COLUMNS, high * BLOCK, wide * BLOCK), stack.dtype)
-    tiles[:count, 1 : 1 + height, 1 : 1 + width] = slices
-    return tiles.reshape(rows, COLUMNS, *tiles.shape[1:]).swapaxes(1, 2).reshape(-1, COLUMNS * tiles.shape[2])
 
 
 def grey(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -154,7 +142,7 @@ def _encode(subjects: list[dict]) -> int:
     tile's width and height in pixels, every `step`-th of the slice's."""
     volumes = [layer for s in subjects for layer in s["layers"].values()]
     step = max(1, math.ceil(math.sqrt(sum(v.size for v in volumes if v.dtype == np.uint8) / MOST_PIXELS)))
-    drawn = [{name: tiled(layer, step) for name, layer in s.pop("layers").items()} for s in subjects]
+    drawn = [{name: tiled(layer, COLUMNS, step) for name, layer in s.pop("layers").items()} for s in subjects]
     for quality in QUALITIES:
         coded = [{name: _coded(sprite, quality) for name, sprite in of.items()} for of in drawn]
         if sum(len(content) for of in coded for content in of.values()) <= MOST_BYTES:
@@ -184,7 +172,7 @@ def _uri(content: bytes) -> str:
 
 def _colours() -> dict[str, str]:
     """The colour scale of maps as the tables of an SVG filter, by channel."""
-    table = plt.get_cmap(plots.MAP_COLOURS)(np.linspace(0, 1, STOPS))
+    table = plt.get_cmap(MAP_COLOURS)(np.linspace(0, 1, STOPS))
     return {channel: " ".join(f"{v:.3f}" for v in table[:, i]) for i, channel in enumerate("RGB")}
 
 

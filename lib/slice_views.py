@@ -8,15 +8,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
-from matplotlib.colors import to_rgb
-from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from lib import RESEARCH
-from lib.plots import MAP_COLOURS
+from lib.colours import MAP_COLOURS
 from lib.postprocessing import eroded
 
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}  # the axis of [slice, row, column] that each cuts
@@ -26,6 +25,7 @@ OPACITY = 0.8  # of a map's highest colour over the scan
 SIDE = 480  # pixels of a panel's longer side at most, where a voxel has one or more
 HEAD, BAR, LINE, GAP = 22, 8, 19, 12  # pixels: title, scale, line of the legend, between panels
 BAR_MM = 50
+BLOCK = 8  # pixels, to multiples of which tiles are filled up
 PAPER, INK, FAINT = (255, 255, 255), (34, 34, 34), (190, 190, 190)
 
 
@@ -115,7 +115,7 @@ def compose(panels: Sequence[Panel], name: str, edges: Sequence[float], lines: S
     corners = tuple((i * (wide + GAP), HEAD) for i in range(len(panels)))
     draw = ImageDraw.Draw(picture)
     for panel, (left, top) in zip(panels, corners, strict=True):
-        picture.paste(Image.fromarray(_enlarged(panel, size)), (left, top))
+        picture.paste(Image.fromarray(enlarged(panel, size)), (left, top))
         draw.text((left, 3), panel.title, INK, font)
         _letters(draw, EDGES[name], left, top, size)
         _scale(picture, draw, panel, left, top + size[0] + BAR // 2, size[1])
@@ -127,6 +127,19 @@ def compose(panels: Sequence[Panel], name: str, edges: Sequence[float], lines: S
             draw.line([(2, y + 9), (LINE - 5, y + 9)], colour, 3)
         draw.text((LINE if colour else 0, y + 1), words, INK, font)
     return View(np.asarray(picture), corners, size, shape, tuple(words for words, _ in lines))
+
+
+def tiled(stack: np.ndarray, columns: int, step: int = 1) -> np.ndarray:
+    """Slices [slice, row, column] side by side, so many in a row, the front of the head at the top: [row, column].
+
+    Of each slice every `step`-th pixel, in a tile with an empty edge and sides that are multiples of BLOCK.
+    """
+    slices = stack[:, ::-1][:, ::step, ::step]
+    count, height, width = slices.shape
+    rows, high, wide = (-(-n // unit) for n, unit in ((count, columns), (height + 2, BLOCK), (width + 2, BLOCK)))
+    tiles = np.zeros((rows * columns, high * BLOCK, wide * BLOCK), stack.dtype)
+    tiles[:count, 1 : 1 + height, 1 : 1 + width] = slices
+    return tiles.reshape(rows, columns, *tiles.shape[1:]).swapaxes(1, 2).reshape(-1, columns * tiles.shape[2])
 
 
 def _steps(values: np.ndarray, top: float) -> np.ndarray:
@@ -145,7 +158,7 @@ def _size(shape: tuple[int, int], edges: Sequence[float]) -> tuple[tuple[int, in
     return (round(extent[0] / pixel_mm), round(extent[1] / pixel_mm)), pixel_mm
 
 
-def _enlarged(panel: Panel, size: tuple[int, int]) -> np.ndarray:
+def enlarged(panel: Panel, size: tuple[int, int]) -> np.ndarray:
     """A panel at its size, each pixel the nearest voxel's colour, the outlines two pixels wide with a rim."""
     result = _nearest(panel.pixels, size)
     for mask, colour in panel.outlines:
@@ -187,14 +200,14 @@ def _scale(picture: Image.Image, draw: ImageDraw.ImageDraw, panel: Panel, left: 
 @lru_cache
 def _colours(name: str) -> np.ndarray:
     """256 colours of a map of matplotlib, uint8 [256, 3]."""
-    return (255 * plt.get_cmap(name)(np.arange(256))[:, :3]).round().astype(np.uint8)
+    return (255 * matplotlib.colormaps[name](np.arange(256))[:, :3]).round().astype(np.uint8)
 
 
 @lru_cache
 def _bytes(colour: str) -> np.ndarray:
-    return (255 * np.array(to_rgb(colour))).round().astype(np.uint8)
+    return np.uint8(ImageColor.getrgb(colour))
 
 
 @lru_cache
 def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(findfont("DejaVu Sans"), 13)
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 13)

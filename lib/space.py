@@ -12,10 +12,11 @@ from nilearn.plotting.html_stat_map import StatMapView
 from scipy import ndimage
 from skimage.measure import marching_cubes
 
+from lib import plots
 from lib.boxes import Box, extent_mm
 from lib.cohort import PreparedSubject
+from lib.colours import FOUND, MAP_COLOURS, TRUTH
 from lib.components import bounding_box
-from lib.plots import FOUND, MAP_COLOURS, TRUTH
 from lib.preprocessing import canonical
 from lib.volumes import Volume
 
@@ -24,12 +25,6 @@ SURFACE_MM = 4.0  # edge of the voxels of a surface: finer ones cost time and sh
 VIEW_MM = 2.0  # edge of the viewer's voxels: finer ones make a page of many megabytes
 LINK = re.compile(r"<link\b[^>]*>")
 VIEW = {"width_view": 480, "cmap": MAP_COLOURS, "black_bg": True, "symmetric_cmap": False}
-
-
-def middle(mask: np.ndarray) -> tuple[int, int, int]:
-    """The voxel of a mask [slice, row, column] that lies deepest inside it."""
-    depth = ndimage.distance_transform_edt(mask)
-    return tuple(int(i) for i in np.unravel_index(depth.argmax(), mask.shape))
 
 
 def planes(subject: PreparedSubject, anomaly: np.ndarray, limit: float, place: tuple[int, int, int]) -> Figure:
@@ -46,15 +41,14 @@ def planes(subject: PreparedSubject, anomaly: np.ndarray, limit: float, place: t
     for column, (name, axis) in enumerate(PLANES):
         view = tuple(inside[i] if i == axis else slice(None) for i in range(3))
         rest = [i for i in range(3) if i != axis]
-        shape = [edges[i] * image.shape[i] for i in rest]
+        height, width = (edges[i] * image.shape[i] for i in rest)
+        placed = {"extent": (0, width, 0, height)}
         for row in axes[:, column]:
-            row.imshow(image[view], cmap="gray", vmin=0, vmax=1.2, extent=(0, shape[1], 0, shape[0]))
+            row.imshow(image[view], cmap="gray", vmin=0, vmax=1.2, **placed)
         over = np.ma.masked_where(~brain[view] | (found[view] < limit / 2), found[view])
-        shown = axes[1, column].imshow(
-            over, cmap=MAP_COLOURS, vmin=0, vmax=3 * limit, alpha=0.8, extent=(0, shape[1], 0, shape[0])
-        )
-        _edges(axes[0, column], lesion[view], shape, TRUTH)
-        _edges(axes[1, column], found[view] > limit, shape, FOUND)
+        shown = axes[1, column].imshow(over, cmap=MAP_COLOURS, vmin=0, vmax=3 * limit, alpha=0.8, **placed)
+        plots.outline(axes[0, column], lesion[view], TRUTH, **placed)
+        plots.outline(axes[1, column], found[view] > limit, FOUND, **placed)
         axes[0, column].set_title(f"{subject.id}, {name}")
         axes[1, column].set(xlabel="mm")
     figure.colorbar(shown, ax=axes[1], shrink=0.8, label="anomaly, intensity")
@@ -107,11 +101,6 @@ def viewer(subject: PreparedSubject, anomaly: np.ndarray, limit: float) -> StatM
         view = view_img(marks, bg_img=scan, threshold=limit, vmax=3 * limit, title=subject.id, **VIEW)
     view.html = LINK.sub("", view.html)
     return view
-
-
-def _edges(axis: Axes, mask: np.ndarray, shape: list[float], colour: str) -> None:
-    if mask.any():
-        axis.contour(mask, [0.5], colors=colour, linewidths=1, extent=(0, shape[1], 0, shape[0]))
 
 
 def _surface(axis: Axes, subject: PreparedSubject, mask: np.ndarray, colour: str, opacity: float) -> None:

@@ -38,6 +38,13 @@ function render({ model, el }) {
     model.send({ key });
   };
 
+  // ipywidgets gives a slider's handle no name of its own
+  picture.addEventListener("load", () => {
+    for (const slider of el.closest(".slice-viewer")?.querySelectorAll(".widget-slider") ?? []) {
+      const label = slider.querySelector(".widget-label")?.textContent;
+      if (label) slider.querySelector("[role=slider]")?.setAttribute("aria-label", label);
+    }
+  });
   picture.addEventListener("pointermove", (event) => point(place(event)));
   picture.addEventListener("pointerleave", () => point([]));
   picture.addEventListener("click", (event) => model.send({ click: place(event) }));

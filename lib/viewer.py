@@ -19,10 +19,10 @@ import traitlets
 from lib import ROOT, cases, postprocessing, run_folder, slice_views
 from lib.cases import Case, Promise
 from lib.cohort import Cohort
+from lib.colours import FOUND, TRUTH
 from lib.errors import CourseError, check_choice
 from lib.metrics import PROMISED_FPR, values_of
 from lib.models.detector import highest_means
-from lib.plots import FOUND, TRUTH
 from lib.slice_views import PLANES, Panel
 from lib.volumes import write_bytes
 
@@ -71,7 +71,7 @@ class SliceViewer(widgets.VBox):
         self.promised, self.read_out, self.under, self.notice = (widgets.HTML() for _ in range(4))
         self.jump = _button("Most anomalous slice", "of this plane, by its highest 1 %")
         self.save = _button("Save picture", "as PNG")
-        super().__init__(self._rows())
+        super().__init__(self._rows(), _dom_classes=("slice-viewer",))
         self._settle("scan")
         for name, control in self.controls.items():
             control.observe(lambda _, name=name: self._moved(name), "value")

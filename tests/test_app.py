@@ -305,3 +305,28 @@ def test_a_download_that_cannot_be_made_says_so(course):
     button._asked(None, {}, [])
     assert "could not be made: OSError" in given[0]["said"]
     assert json.dumps(given)
+
+
+def test_a_run_that_took_incomplete_subjects_takes_an_incomplete_scan(course, monkeypatch):
+    monkeypatch.setattr(app, "modalities", lambda run: (("FLAIR", "T2"), False))
+    page = app.App(device="cpu")
+    page.start.click()
+    assert "There is no FLAIR and no T2 scan yet" in text(page)
+    page.rows["FLAIR"][1].value = "a.nii.gz"
+    assert page._given() == ({"FLAIR": Path("a.nii.gz")}, None, {})
+    monkeypatch.setattr(app, "modalities", lambda run: (("FLAIR", "T2"), True))
+    page._run_chosen()
+    page.start.click()
+    assert "There is no T2 scan yet" in text(page)
+
+
+def test_of_a_run_it_is_known_whether_all_modalities_are_needed(course):
+    run = lib.run_folder("small")
+    assert app.modalities(run) == (("FLAIR",), True)
+    place = course / json.loads((run / "cohort.json").read_bytes())["path"] / "manifest.json"
+    before = place.read_text()
+    manifest = json.loads(before)
+    manifest["subjects"][0]["missing"] = ["FLAIR"]
+    place.write_text(json.dumps(manifest))
+    assert app.modalities(run) == (("FLAIR",), False)
+    place.write_text(before)

@@ -1,20 +1,37 @@
 """A scan comes in as its file has it, and its map goes out on the same grid; what cannot be told is said."""
 
 import json
+import re
 import shutil
 import sys
+from base64 import b64decode
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 from conftest import simulate
+from PIL import Image
 from scipy import ndimage
 from skimage.io import imsave
 
 import lib
-from lib import cohort, detect, detection, dicom, evaluation, intake, pictures, preprocessing, scoring, volumes
+from lib import (
+    cohort,
+    detect,
+    detection,
+    dicom,
+    evaluation,
+    intake,
+    pictures,
+    preprocessing,
+    scan_page,
+    scoring,
+    volumes,
+)
+from lib.components import bounding_box
 from lib.errors import CourseError
 from lib.preprocessing import OwnGrid, Recipe
 
@@ -214,7 +231,30 @@ def test_what_is_written_lies_on_the_scan_s_grid_and_the_page_loads_nothing(foun
     page = (tmp_path / "deep" / "out" / "report.html").read_text()
     assert "not for diagnosis" in page
     assert not any(f'{tag}="http' in page for tag in ("src", "href"))
-    assert "data:image/png" in page
+    assert page.count("data:image/png") == 3
+
+
+def test_the_page_has_every_slice_without_and_with_what_is_found(found, tmp_path):
+    page = detection.write(found, tmp_path / "out")[3].read_text()
+    sprites = [
+        np.asarray(Image.open(BytesIO(b64decode(code)))) for code in re.findall(r"image/jpeg;base64,([^)]+)", page)
+    ]
+    columns, rows = (int(re.search(rf"{name} = (\d+)", page)[1]) for name in ("columns", "rows"))
+    box = bounding_box(np.asarray(found.subject.brain))
+    image, marked = found.subject.image[0][box], (found.prepared >= found.threshold)[box] & found.subject.brain[box]
+    tiles = [sprite.reshape(rows, sprite.shape[0] // rows, columns, -1, 3).swapaxes(1, 2) for sprite in sprites]
+    scan, over = (tile.reshape(-1, *tile.shape[2:]) for tile in tiles)
+    bright = scan[: len(image)].mean(axis=(1, 2, 3))
+    assert np.corrcoef(bright, image.mean(axis=(1, 2)))[0, 1] > 0.99
+    assert not scan[len(image) :].any()
+    orange = (over.astype(int) @ (1, 0, -1) > 100).sum(axis=(1, 2))[: len(image)]
+    assert (orange > 20).sum() >= 1
+    assert marked[orange > 20].any(axis=(1, 2)).all()
+
+
+def test_a_prepared_scan_is_kept_where_it_is_asked_for(run, scan, tmp_path):
+    looked = detection.detect({"FLAIR": scan}, run, METHOD, keep=tmp_path / "visit")
+    assert (tmp_path / "visit") in looked.subject.folder.parents
 
 
 def test_a_threshold_that_nothing_reaches_is_none(found, tmp_path):
@@ -242,7 +282,7 @@ def test_nothing_is_written_over_and_nothing_stays_half(found, tmp_path, monkeyp
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(detection, "_page", stop)
+    monkeypatch.setattr(scan_page, "page", stop)
     with pytest.raises(KeyboardInterrupt):
         detection.write(found, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -18,7 +18,8 @@ FLOORS = {
     "slice_traps": 4, "domain": 4, "approaches": 4, "single_scan": 4, "probes": 4, "thresholds": 2, "space": 4,
     "reshape": 4, "transfer": 4, "confounding": 4, "slice_views": 4, "cases": 4, "uploads": 1, "detection": 4,
     "report": 5, "pages": 5, "scrubber": 5, "exchange": 5, "viewer": 5, "app": 5, "settings": 6, "runner": 6,
-    "jobs": 6, "runs": 6, "course": 6, "detect": 6, "fetch": 6, "archives": 1, "downloads": 1, "sources": 2,
+    "jobs": 6, "runs": 6, "course": 6, "detect": 6, "colours": 0, "scan_page": 4, "fetch": 6, "archives": 1,
+    "downloads": 1, "sources": 2,
 }  # fmt: skip
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 EXPLORE = ROOT / "notebooks" / "explore.ipynb"  # the app's page: no part of the course's sequence

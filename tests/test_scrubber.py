@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from lib import evaluation, metrics, models, report, scoring, scrubber
 from lib.models.detector import Detector
+from lib.slice_views import tiled
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -404,13 +405,13 @@ def test_the_screen_shows_the_voxels_of_the_chosen_slice(made, tmp_path):
     browse(folder / "scrubber.html", script, tmp_path / "browser", f"--screenshot={picture}", "--window-size=1000,800")
     screen = np.asarray(Image.open(picture).convert("RGB")).astype(float) / 255
     box = box_of(subject)
-    scans = scrubber.tiled(np.asarray(subject.image[0][box]))
+    scans = tiled(np.asarray(subject.image[0][box]), scrubber.COLUMNS)
     side = scans.shape[1] // scrubber.COLUMNS
     centres = ((np.arange(side) + 0.5) * edge / side).astype(int)
     scan, found = (screen[np.ix_(centres, centres + left)] for left in (0, edge))
     method = scrubber.read(folder)["methods"][0]
     anomaly = scoring.read_map(str(folder), method["name"], subject, prepared)[0]
-    maps = scrubber.tiled(anomaly[box].astype(float) / method["top"])
+    maps = tiled(anomaly[box].astype(float) / method["top"], scrubber.COLUMNS)
     errors = np.zeros((2, len(anomaly[box])))
     for i in range(errors.shape[1]):
         row, column = (part * side for part in divmod(i, scrubber.COLUMNS))

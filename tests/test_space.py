@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import plots, space  # noqa: F401 (the course's style is set)
+from lib import components, plots, space  # noqa: F401 (the course's style is set)
 from lib.volumes import Volume
 
 
@@ -29,11 +29,11 @@ def test_the_middle_of_a_hollow_shape_lies_in_it():
     mask = np.zeros((9, 9, 9), bool)
     mask[1:8, 1:8, 1:8] = True
     mask[4, 4, 2:] = False
-    assert mask[space.middle(mask)]
+    assert mask[components.middle(mask)]
 
 
 def test_three_planes_meet_in_the_place_and_are_drawn_in_mm(patient):
-    place = space.middle(np.asarray(patient.lesion))
+    place = components.middle(np.asarray(patient.lesion))
     anomaly = np.asarray(patient.lesion, np.float32)
     figure = space.planes(patient, anomaly, 0.5, place)
     figure.canvas.draw()
