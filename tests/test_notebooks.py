@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib import phantom
+
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "brats"
 SLICES_ONLY = {"brain_area", "slice_index"}
@@ -218,17 +220,26 @@ def test_seeds_and_the_scan_s_own_grid_are_one_parameter_each(tree, whole):
 
 
 @pytest.mark.parametrize("kind", ["no masks", "nobody ill"])
-def test_without_outlined_lesions_the_comparison_says_what_scans_allow(tree, whole, kind):
-    (embedded,) = (tree / "data" / "embedded").glob("*")
-    folder = tree / kind.replace(" ", "_")
-    shutil.copytree(embedded, folder)
+def test_without_outlined_lesions_the_comparison_says_what_scans_allow(tree, kind):
+    folder = phantom.write_cohort(tree / kind.replace(" ", "_"), healthy=6, patients=4, voxel_mm=4.0, seed=0)
     table = pd.read_csv(folder / "participants.tsv", sep="\t", keep_default_na=False)
     for name in table.participant_id[table.healthy == 0]:
         if kind == "no masks":
             (folder / name / f"{name}_seg.nii.gz").unlink()
         else:
             shutil.rmtree(folder / name)
-    course(tree, "--run", folder.name, "--data", str(folder), "--only", "01,03,08", *FEW)
+    course(
+        tree,
+        "--run",
+        folder.name,
+        "--data",
+        str(folder),
+        "--only",
+        "01,03,08",
+        *FEW,
+        "-p",
+        "08.baselines=random,intensity",
+    )
     results = pd.read_csv(tree / "reports" / folder.name / "results.csv", keep_default_na=False)
     said, pictures = texts(tree / "reports" / folder.name, "08_comparison")
     words = "no subject has a lesion mask" if kind == "no masks" else "nobody is ill among the test subjects"
