@@ -112,7 +112,7 @@ REFUSALS: dict[str, tuple[str, str]] = {
         "Wait until nothing writes to its files any more, then start again.",
     ),
     "E16": (
-        "{subject}: what was extracted from its {modality} by {method} has {litres:.2f} litres, a brain {least} to {most}.",
+        "{subject}: {litres:.2f} litres were extracted from its {modality} by {method}; a brain has {least} to {most}.",
         "Give brain-extracted scans.",
     ),
 }
