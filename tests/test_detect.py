@@ -510,6 +510,19 @@ def test_a_real_series_comes_back_on_its_own_geometry_and_leaves_no_name(run, tm
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real scans of ../shared/data are not here")
+def test_a_real_head_has_its_brain_extracted_and_its_map_on_its_own_geometry(run, tmp_path, capsys):
+    series = REAL / "dicom_axial_pd"
+    call = ["--run", str(run), "--method", METHOD, "--out", str(tmp_path / "out"), "--threshold", "0.9"]
+    assert detect.main([str(series), *call]) == 0
+    volume, image = dicom.read(series), nibabel.load(tmp_path / "out" / "anomaly.nii.gz")
+    assert image.shape == volume.voxels.shape
+    np.testing.assert_allclose(image.affine, volume.affine, atol=1e-4)
+    litres = (np.asarray(image.dataobj) != 0).sum() * volume.millilitres / 1000
+    assert 1.0 < litres < 1.7
+    assert "shows the whole head: the brain was extracted from FLAIR by a growing surface" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real scans of ../shared/data are not here")
 def test_a_folder_of_series_gives_no_one_s_name_to_its_results(tmp_path):
     number = max(dicom.patient(REAL / "dicom_axial_pd"), key=len)
     (tmp_path / number).mkdir()

@@ -1,6 +1,7 @@
 """Brains from heads: made of the template with skull, scalp, eyes and neck around it, and the real ones there are."""
 
 import re
+import shutil
 import socket
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from scipy import ndimage
 from skimage.io import imread
 
-from lib import datasets, extraction, preprocessing, surfaces, volumes
+from lib import cohort, datasets, extraction, intake, preprocessing, surfaces, volumes
+from lib.errors import CourseError
 from lib.volumes import Volume
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -142,6 +144,38 @@ def test_a_kept_brain_is_read_again(course_root):
     extraction.keep("abc", Volume(brain, np.eye(4)))
     np.testing.assert_array_equal(extraction.kept("abc").voxels > 0, brain)
     assert extraction.kept("abd") is None
+
+
+def test_heads_are_let_in_and_prepared_with_the_brain_that_examination_found(course_root, tmp_path, monkeypatch):
+    scan, _, lesion = head("FLAIR", 3)
+    for i in range(3):
+        voxels = np.roll(scan.voxels, i, axis=0)
+        volumes.write(tmp_path / f"p{i}" / f"p{i}_flair.nii.gz", voxels.astype(np.int16), scan.affine)
+        mask = np.roll(lesion, i, axis=0) if i else np.roll(lesion, -4, axis=0)
+        volumes.write(tmp_path / f"p{i}" / f"p{i}_seg.nii.gz", mask.astype(np.uint8), scan.affine)
+    with pytest.raises(CourseError, match="litres are above 0"):
+        intake.gather(str(tmp_path), extraction="never")
+    gathered = intake.gather(str(tmp_path))
+    said = "\n".join(gathered.notes)
+    assert "3 subjects show the whole head; the brain was extracted from FLAIR by a growing surface" in said
+    assert re.search(r"p0: \d+ % of its lesion lies outside the brain", said)
+    assert "p1: " not in said
+    monkeypatch.setattr(intake, "find", None)
+    assert intake.gather(str(tmp_path)).facts == gathered.facts
+    prepared = cohort.open_cohort(cohort.prepare_cohort(gathered, preprocessing.Recipe()))
+    for subject in prepared.subjects:
+        litres = subject.own_grid().brain.sum() * scan.millilitres / 1000
+        assert litres == pytest.approx(gathered.facts[subject.id]["brain_litres"], rel=0.01)
+        assert subject.facts["extracted"] == ["FLAIR", extraction.SURFACE]
+        assert subject.facts["quality"]["parts"] == 1
+    shutil.rmtree(course_root / "data" / "prepared" / "brains")
+    with pytest.raises(CourseError, match="is gone"):
+        cohort.read_brain(gathered.subjects[0], ("FLAIR",), gathered.facts["p0"])
+
+
+def test_an_unknown_way_of_extraction_is_refused(tmp_path):
+    with pytest.raises(CourseError, match="extraction is 'always'"):
+        intake.gather(str(tmp_path), extraction="always")
 
 
 @pytest.mark.parametrize("axes", [2, 3])
