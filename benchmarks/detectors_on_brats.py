@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.single_scan import show
-from lib import ROOT, cohort, intake, models, single_scan
+from lib import ROOT, cohort, intake, models, preparation, single_scan
 from lib.cohort import Cohort
 from lib.preprocessing import Recipe
 
@@ -31,7 +31,7 @@ def prepared(data: str, modalities: str, size: int, pixel_mm: float) -> Cohort:
     """Every patient of a folder that has these modalities, joined by commas."""
     gathered = intake.gather(data, modalities=modalities, size=size, pixel_mm=pixel_mm)
     recipe = Recipe(tuple(modalities.split(",")), size=size, pixel_mm=pixel_mm)
-    return cohort.open_cohort(cohort.prepare_cohort(gathered, recipe))
+    return cohort.open_cohort(preparation.prepare_cohort(gathered, recipe))
 
 
 def folds(whole: Cohort, seed: int) -> Iterator[Cohort]:

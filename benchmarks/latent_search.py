@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from lib import cohort, intake, models
+from lib import cohort, intake, models, preparation
 from lib.models.anogan import Found, Settings, search
 from lib.models.gan import nearest, principal_axes, small
 from lib.preprocessing import Recipe
@@ -36,7 +36,7 @@ WHOLE = {"epochs": 20, "steps": 300}
 def prepared() -> cohort.Cohort:
     """The embedded cohort of the course's default run."""
     gathered = intake.gather("", modalities="FLAIR", healthy=24, patients=16)
-    return cohort.open_cohort(cohort.prepare_cohort(gathered, Recipe()))
+    return cohort.open_cohort(preparation.prepare_cohort(gathered, Recipe()))
 
 
 def timed(call) -> tuple[float, object]:

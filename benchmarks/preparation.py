@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from lib import cohort, datasets, intake, phantom, volumes
+from lib import cohort, datasets, intake, phantom, preparation, volumes
 from lib.preprocessing import Recipe
 
 HEADS = 4
@@ -51,7 +51,7 @@ def prepare(scans: Path, root: Path) -> dict:
     intake.ROOT = cohort.ROOT = root
     started, before = time.perf_counter(), _cpu_seconds()
     gathered = intake.gather(str(scans), size=RECIPE.size, pixel_mm=RECIPE.pixel_mm)
-    folder = cohort.prepare_cohort(gathered, RECIPE)
+    folder = preparation.prepare_cohort(gathered, RECIPE)
     seconds, cpu_seconds = time.perf_counter() - started, _cpu_seconds() - before
     taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "bytes_per_subject": taken / len(gathered.subjects)}
@@ -135,7 +135,7 @@ def by_monai(steps, subject: datasets.Subject, target: Path) -> tuple[np.ndarray
 
 def by_ours(subject: datasets.Subject, target: Path) -> tuple[np.ndarray, np.ndarray]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    cohort._prepare_subject(subject, RECIPE, target.parent)
+    preparation._prepare_subject(subject, RECIPE, target.parent)
     facts = json.loads((target / "facts.json").read_bytes())
     return np.load(target / "image.npy")[0], np.array(facts["affine"])
 

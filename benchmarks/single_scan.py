@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import cohort, intake, models, single_scan
+from lib import cohort, intake, models, preparation, single_scan
 from lib.cohort import PreparedSubject
 from lib.preprocessing import Recipe
 
@@ -36,7 +36,7 @@ SLOW = ("single_ae", "single_anogan")
 
 def patients(data: str, modality: str) -> list[PreparedSubject]:
     """Every subject of a folder with a lesion, prepared as the course does."""
-    folder = cohort.prepare_cohort(intake.gather(data, modalities=modality), Recipe(modalities=(modality,)))
+    folder = preparation.prepare_cohort(intake.gather(data, modalities=modality), Recipe(modalities=(modality,)))
     return [s for s in cohort.open_cohort(folder).subjects if s.lesion.any()]
 
 

@@ -14,7 +14,7 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from lib import ROOT, cohort, datasets, intake, phantom, transfer, volumes
+from lib import ROOT, cohort, datasets, intake, phantom, preparation, transfer, volumes
 from lib.cohort import Cohort
 from lib.errors import check_least
 from lib.preprocessing import HALVINGS, Recipe
@@ -98,7 +98,7 @@ def study(per_scanner: int = 10, learners: int = 15, *, modalities: str = "T1,T2
         )
         recipe = Recipe(pixel_mm=voxel_mm, size=size, normalisation=normalisation)
         cohorts = {
-            modality: cohort.open_cohort(cohort.prepare_cohort(gathered, replace(recipe, modalities=(modality,))))
+            modality: cohort.open_cohort(preparation.prepare_cohort(gathered, replace(recipe, modalities=(modality,))))
             for modality in datasets.parse_modalities(modalities)
         }
     return Study(plan(per_scanner, learners).set_index("participant_id"), cohorts)

@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import lib
@@ -174,18 +174,18 @@ def _unfinished(course: Course, stored: Mapping) -> list[str]:
 
 
 def _examine(values: dict, quiet: bool) -> list[str]:
-    from lib import cohort, datasets, intake, workers
+    from lib import intake, preparation, workers
     from lib.preprocessing import Recipe
 
     if values.get("cluster"):
         workers.check(values["cluster"])
     chosen = {f.name: values[f.name] for f in fields(Recipe) if f.name in values}
-    recipe = Recipe(**chosen | {"modalities": datasets.parse_modalities(values.get("modalities", "FLAIR"))})
+    recipe = Recipe(**chosen)
     known = inspect.signature(intake.gather).parameters
     with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
         gathered = intake.gather(**{name: value for name, value in values.items() if name in known})
         print("\n".join(gathered.notes))
-        print(cohort.space(gathered, recipe))
+        print(preparation.space(gathered, replace(recipe, modalities=gathered.modalities)))
     return list(gathered.notes)
 
 

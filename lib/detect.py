@@ -108,7 +108,7 @@ def _jobs(given: argparse.Namespace) -> dict[Path, Path]:
 
 def _names(scans: Sequence[Path]) -> Iterator[str]:
     """A name for each scan that leads to no person, none of them twice."""
-    from lib.cohort import name_of
+    from lib.preparation import name_of
 
     taken: set[str] = set()
     for scan in scans:

@@ -24,6 +24,7 @@ from lib import (
     judging,
     metrics,
     models,
+    preparation,
     privacy,
     scan_page,
     scoring,
@@ -190,8 +191,8 @@ def detect(
     """What a method of a run finds in one person's scans, brain-extracted or with a mask of the `brain`.
 
     `scans`: the file of each modality of the run; where it has one alone, a scan of another stands in, with a warning.
-    `threshold`: one's own instead of the one that healthy validation material fixes; `keep`: as `cohort.prepare_scan`.
-    `tell` gets a line a stage.
+    `threshold`: one's own instead of the one that healthy validation material fixes; `keep`: as
+    `preparation.prepare_scan`. `tell` gets a line a stage.
     Raises CourseError for a run without cohort or model, a modality that is missing, and what is wrong with the scans.
     """
     run, clock = Path(run).resolve(), _Clock(tell or (lambda line: None))
@@ -201,7 +202,7 @@ def detect(
         detector = _detector(run, method, device)
     with clock("preparation"):
         recipe = Recipe(**prepared.manifest["recipe"] | {"modalities": prepared.modalities})
-        subject = cohort.prepare_scan(placed, recipe, brain, prepared.manifest.get("standard"), keep)
+        subject = preparation.prepare_scan(placed, recipe, brain, prepared.manifest.get("standard"), keep)
     with clock("map"):
         anomaly = detector.maps(subject).astype(np.float16).astype(np.float32)
     with clock("threshold"):

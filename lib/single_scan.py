@@ -8,10 +8,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from lib import metrics
-from lib.cohort import Cohort, PreparedSubject, prepare_scan
+from lib.cohort import Cohort, PreparedSubject
 from lib.datasets import modality_of, parse_modalities
 from lib.models.detector import LESION_SIGN
 from lib.models.mirror import Scan, reflect
+from lib.preparation import prepare_scan
 from lib.preprocessing import Recipe
 
 ENDS = ("", "_low", "_high")

@@ -3,7 +3,7 @@
 import json
 
 import lib
-from lib import cohort, intake, scoring
+from lib import cohort, intake, preparation, scoring
 from lib.preprocessing import Recipe
 
 FITS = {"size": 48, "pixel_mm": 4.0}
@@ -12,7 +12,7 @@ METHODS = ("intensity_median", "blur")
 
 def write(run="small"):
     gathered = intake.gather(str(lib.ROOT / "scans"), **FITS)
-    cohort.announce(run, cohort.prepare_cohort(gathered, Recipe(**FITS)), gathered)
+    cohort.announce(run, preparation.prepare_cohort(gathered, Recipe(**FITS)), gathered)
     for method in METHODS:
         scoring.run_detector(method, cohort.of_run(run), run)
     record = {"run": run, "status": "done", "settings": {}, "notebooks": {}}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import acquisition, cohort, datasets, intake
+from lib import acquisition, cohort, datasets, intake, preparation
 from lib.errors import CourseError
 from lib.preprocessing import Recipe
 
@@ -85,7 +85,7 @@ def test_facts_reach_the_prepared_subjects_and_a_changed_sidecar_another_cohort(
 
     def prepare():
         gathered = intake.gather(str(folder), modalities="FLAIR,T1", size=48, pixel_mm=4)
-        return cohort.open_cohort(cohort.prepare_cohort(gathered, recipe))
+        return cohort.open_cohort(preparation.prepare_cohort(gathered, recipe))
 
     before = prepare()
     assert before.subjects[1].facts["acquisition"] == {"FLAIR": {}, "T1": {}}

@@ -15,10 +15,11 @@ import nibabel
 import numpy as np
 import pytest
 
-from lib import cohort, intake, intensities, volumes
-from lib.cohort import GUARD, open_cohort, prepare_cohort
+from lib import cohort, intake, intensities, preparation, volumes
+from lib.cohort import GUARD, open_cohort
 from lib.errors import CourseError
 from lib.intake import HEALTHY, LESION_FREE
+from lib.preparation import prepare_cohort
 from lib.preprocessing import Recipe
 
 FITS = {"size": 48, "pixel_mm": 4.0}
@@ -201,7 +202,7 @@ def test_processes_that_prepare_at_once_do_not_clash(brats, course_root, tmp_pat
         "from lib.preprocessing import Recipe\n"
         "intake.ROOT = cohort.ROOT = Path(sys.argv[2])\n"
         "gathered = intake.gather(sys.argv[1], size=48, pixel_mm=4.0)\n"
-        "print(cohort.prepare_cohort(gathered, Recipe(size=48, pixel_mm=4.0)))\n"
+        "print(preparation.prepare_cohort(gathered, Recipe(size=48, pixel_mm=4.0)))\n"
     )
     folder = brats()
     call = [sys.executable, "-c", script, str(folder), str(tmp_path / "shared")]
@@ -424,12 +425,12 @@ def test_a_new_scan_gets_the_cohort_s_standard(brats, course_root, way):
     opened = open_cohort(prepare_cohort(gather(folder), recipe))
     one = opened.subjects[0]
     scan = {"FLAIR": folder / one.id / f"{one.id}_flair.nii.gz"}
-    alone = cohort.prepare_scan(scan, recipe, standard=opened.manifest["standard"])
+    alone = preparation.prepare_scan(scan, recipe, standard=opened.manifest["standard"])
     np.testing.assert_array_equal(alone.image, one.image)
     other = {"FLAIR": [v**2 for v in opened.manifest["standard"]["FLAIR"]]}
-    assert (cohort.prepare_scan(scan, recipe, standard=other).image != one.image).any()
+    assert (preparation.prepare_scan(scan, recipe, standard=other).image != one.image).any()
     with pytest.raises(CourseError, match="need a standard"):
-        cohort.prepare_scan(scan, recipe)
+        preparation.prepare_scan(scan, recipe)
 
 
 def test_a_registered_cohort_keeps_its_transforms_and_names_the_doubtful(brats, course_root):
@@ -462,6 +463,6 @@ def test_a_scan_prepared_alone_is_registered_alike(brats, course_root):
     folder = brats(patients=3)
     recipe = replace(RECIPE, size=64, register="rigid", slice_mm=4.0)
     one = open_cohort(prepare_cohort(gather(folder), recipe)).subjects[0]
-    alone = cohort.prepare_scan({"FLAIR": folder / one.id / f"{one.id}_flair.nii.gz"}, recipe)
+    alone = preparation.prepare_scan({"FLAIR": folder / one.id / f"{one.id}_flair.nii.gz"}, recipe)
     np.testing.assert_array_equal(alone.image, one.image)
     np.testing.assert_array_equal(alone.to_template, one.to_template)

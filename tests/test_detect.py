@@ -26,6 +26,7 @@ from lib import (
     evaluation,
     intake,
     pictures,
+    preparation,
     preprocessing,
     scan_page,
     scoring,
@@ -63,7 +64,7 @@ def make_run(root, tmp_path_factory, write_subject):
             write_subject(scans / f"p{i}", i, modalities[:1] if incomplete and i else modalities)
         wanted = ",".join(modalities)
         gathered = intake.gather(str(scans), modalities=wanted, size=48, pixel_mm=5.0, incomplete=incomplete)
-        folder = cohort.prepare_cohort(gathered, Recipe(modalities, 5.0, 0.0, 48))
+        folder = preparation.prepare_cohort(gathered, Recipe(modalities, 5.0, 0.0, 48))
         cohort.announce(name, folder, gathered)
         for method in (METHOD, "blur"):
             scoring.run_detector(method, cohort.of_run(name), name)
@@ -428,7 +429,7 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path):
         with pytest.raises(CourseError, match=rf"{path.name}.*{why}"):
             pictures.read(path)
     with pytest.raises(CourseError, match=r"bright\.png has a background that is not 0"):
-        cohort.prepare_scan({"FLAIR": tmp_path / "bright.png"}, Recipe())
+        preparation.prepare_scan({"FLAIR": tmp_path / "bright.png"}, Recipe())
 
 
 def test_several_scans_have_folders_of_their_own_and_a_broken_one_is_refused(run, scan, tmp_path, capsys):
@@ -527,8 +528,8 @@ def test_a_folder_of_series_gives_no_one_s_name_to_its_results(tmp_path):
     number = max(dicom.patient(REAL / "dicom_axial_pd"), key=len)
     (tmp_path / number).mkdir()
     (tmp_path / number / "PD").symlink_to(REAL / "dicom_axial_pd")
-    assert cohort.name_of(tmp_path / number) == "scan"
-    assert cohort.name_of(tmp_path / number / "PD") == "PD"
+    assert preparation.name_of(tmp_path / number) == "scan"
+    assert preparation.name_of(tmp_path / number / "PD") == "PD"
     assert list(detect._names([tmp_path / number, tmp_path / number / "PD", tmp_path / number])) == [
         "scan", "PD", "scan-2",
     ]  # fmt: skip

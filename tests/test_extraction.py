@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 from skimage.io import imread
 
-from lib import cohort, datasets, extraction, intake, preprocessing, surfaces, volumes
+from lib import cohort, datasets, examination, extraction, intake, preparation, preprocessing, surfaces, volumes
 from lib.errors import CourseError
 from lib.volumes import Volume
 
@@ -160,9 +160,9 @@ def test_heads_are_let_in_and_prepared_with_the_brain_that_examination_found(cou
     assert "3 subjects show the whole head; the brain was extracted from FLAIR by a growing surface" in said
     assert re.search(r"p0: \d+ % of its lesion lies outside the brain", said)
     assert "p1: " not in said
-    monkeypatch.setattr(intake, "find", None)
+    monkeypatch.setattr(examination, "find", None)
     assert intake.gather(str(tmp_path)).facts == gathered.facts
-    prepared = cohort.open_cohort(cohort.prepare_cohort(gathered, preprocessing.Recipe()))
+    prepared = cohort.open_cohort(preparation.prepare_cohort(gathered, preprocessing.Recipe()))
     for subject in prepared.subjects:
         litres = subject.own_grid().brain.sum() * scan.millilitres / 1000
         assert litres == pytest.approx(gathered.facts[subject.id]["brain_litres"], rel=0.01)
@@ -170,7 +170,7 @@ def test_heads_are_let_in_and_prepared_with_the_brain_that_examination_found(cou
         assert subject.facts["quality"]["parts"] == 1
     shutil.rmtree(course_root / "data" / "prepared" / "brains")
     with pytest.raises(CourseError, match="is gone"):
-        cohort.read_brain(gathered.subjects[0], ("FLAIR",), gathered.facts["p0"])
+        preparation.read_brain(gathered.subjects[0], ("FLAIR",), gathered.facts["p0"])
 
 
 def test_an_unknown_way_of_extraction_is_refused(tmp_path):

@@ -12,15 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "errors": 0, "refusals": 0, "nifti": 0, "volumes": 0, "progress": 0, "acquisition": 0, "privacy": 0, "dicom": 1,
-    "datasets": 1, "phantom": 1, "pictures": 1, "preprocessing": 2, "intake": 2, "boxes": 2, "cohort": 2,
-    "intensities": 1, "registration": 2, "training": 3, "adversarial": 3, "models": 3, "baselines": 3, "lesions": 3,
-    "scoring": 4, "evaluation": 4, "plots": 4, "metrics": 1, "components": 1, "postprocessing": 2, "judging": 4,
-    "figures": 4, "traps": 4, "slice_traps": 4, "domain": 4, "approaches": 4, "single_scan": 4, "probes": 4,
-    "thresholds": 2, "space": 4, "reshape": 4, "transfer": 4, "confounding": 4, "slice_views": 4, "cases": 4,
-    "uploads": 1, "detection": 4, "report": 5, "pages": 5, "scrubber": 5, "exchange": 5, "viewer": 5, "app": 5,
-    "settings": 6, "runner": 6, "jobs": 6, "runs": 6, "course": 6, "detect": 6, "colours": 0, "scan_page": 4,
-    "fetch": 6, "archives": 1, "downloads": 1, "sources": 2, "subjects": 1, "conventions": 1, "layouts": 1,
-    "formats": 1, "participants": 1, "workers": 0, "extraction": 2, "surfaces": 2, "quality": 2,
+    "datasets": 1, "phantom": 1, "pictures": 1, "preprocessing": 2, "examination": 2, "intake": 2, "boxes": 2,
+    "cohort": 2, "preparation": 2, "intensities": 1, "registration": 2, "training": 3, "adversarial": 3, "models": 3,
+    "baselines": 3, "lesions": 3, "scoring": 4, "evaluation": 4, "plots": 4, "metrics": 1, "components": 1,
+    "postprocessing": 2, "judging": 4, "figures": 4, "traps": 4, "slice_traps": 4, "domain": 4, "approaches": 4,
+    "single_scan": 4, "probes": 4, "thresholds": 2, "space": 4, "reshape": 4, "transfer": 4, "confounding": 4,
+    "slice_views": 4, "cases": 4, "uploads": 1, "detection": 4, "report": 5, "pages": 5, "scrubber": 5, "exchange": 5,
+    "viewer": 5, "app": 5, "settings": 6, "runner": 6, "jobs": 6, "runs": 6, "course": 6, "detect": 6, "colours": 0,
+    "scan_page": 4, "fetch": 6, "archives": 1, "downloads": 1, "sources": 2, "subjects": 1, "conventions": 1,
+    "layouts": 1, "formats": 1, "participants": 1, "workers": 0, "extraction": 2, "surfaces": 2, "quality": 2,
 }  # fmt: skip
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 EXPLORE = ROOT / "notebooks" / "explore.ipynb"  # the app's page: no part of the course's sequence

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib import intake, phantom, volumes
+from lib import examination, intake, phantom, volumes
 from lib.errors import CourseError
 from lib.intake import HEALTHY, LESION_FREE
 
@@ -384,7 +384,7 @@ def test_one_lesion_voxel_of_a_tenth_of_a_microlitre_is_a_lesion(tmp_path):
     record = {"problems": []}
     subject = intake.Subject("s", {}, tmp_path / "s_seg.nii", None)
     lesion = volumes.Volume(voxels, np.diag([0.4, 0.4, 0.4, 1]))
-    intake._look_at_lesion(record, subject, lesion, np.ones((4, 4, 4), bool))
+    examination._look_at_lesion(record, subject, lesion, np.ones((4, 4, 4), bool))
     assert not intake.is_healthy(subject, record)
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from skimage.io import imsave
 
-from lib import cohort, datasets, formats, intake, pictures, volumes
+from lib import cohort, datasets, formats, intake, pictures, preparation, volumes
 from lib.errors import CourseError
 from lib.layouts import LAYOUTS
 from lib.preprocessing import Recipe, canonical
@@ -434,7 +434,7 @@ def test_pictures_of_classes_become_subjects_of_one_slice(tmp_path, course_root)
     assert all(not record["problems"] for record in facts.values())
     splits = dict(zip([s.id for s in well], datasets.SPLITS, strict=True))
     gathered = intake.Gathered(well, wanted, facts, splits, intake.HEALTHY, (), ())
-    prepared = cohort.open_cohort(cohort.prepare_cohort(gathered, Recipe(wanted)))
+    prepared = cohort.open_cohort(preparation.prepare_cohort(gathered, Recipe(wanted)))
     for subject in prepared.subjects:
         assert subject.brain.any(axis=(1, 2)).sum() == 1
         assert 0.4 < subject.brain.sum() * subject.voxel_mm[:2].prod() / (np.pi * 85**2) < 1.2

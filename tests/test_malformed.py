@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import corruption, malformed, malformed_folders
-from lib import cohort, datasets, dicom, intake, nifti, pictures, refusals, volumes
+from lib import cohort, datasets, dicom, intake, nifti, pictures, preparation, refusals, volumes
 from lib.errors import CourseError
 from lib.preprocessing import Recipe
 
@@ -250,10 +250,10 @@ def test_the_benchmark_sees_what_is_silent_and_what_is_a_traceback(tmp_path, mon
 def test_a_scan_that_changes_behind_its_examination_enters_no_cohort(subjects, course_root, change):
     gathered = intake.gather(str(subjects), **FITS)
     change(subjects / "p2" / "p2_flair.nii.gz")
-    assert "p2" in refused("E15", cohort.prepare_cohort, gathered, Recipe(**FITS))
+    assert "p2" in refused("E15", preparation.prepare_cohort, gathered, Recipe(**FITS))
     assert list((course_root / "data" / "prepared").glob("*/manifest.json")) == []
     again = intake.gather(str(subjects), **FITS, skip_broken=True)
-    ready = cohort.open_cohort(cohort.prepare_cohort(again, Recipe(**FITS)))
+    ready = cohort.open_cohort(preparation.prepare_cohort(again, Recipe(**FITS)))
     assert {s.id for s in ready.subjects} >= {"p0", "p1", "p3", "p4"}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import cohort, intake, lesions, models, training
+from lib import cohort, intake, lesions, models, preparation, training
 from lib.errors import CourseError
 from lib.models.detector import residual
 from lib.preprocessing import Recipe
@@ -35,7 +35,7 @@ def test_a_subject_with_one_of_two_modalities_is_used_if_asked_for(brats, write_
     gathered = intake.gather(str(folder), incomplete=True, **asked)
     assert not gathered.left_out
     assert "1 of 5 subjects have no FLAIR: its channel is 0 in them." in gathered.notes
-    opened = cohort.open_cohort(cohort.prepare_cohort(gathered, Recipe(BOTH, pixel_mm=4.0, size=64)))
+    opened = cohort.open_cohort(preparation.prepare_cohort(gathered, Recipe(BOTH, pixel_mm=4.0, size=64)))
     lacking = next(s for s in opened.subjects if s.id == "t2only")
     assert opened.incomplete
     assert lacking.facts["missing"] == ["FLAIR"]

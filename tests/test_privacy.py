@@ -20,7 +20,7 @@ from nibabel.nifti1 import Nifti1Extension
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
-from lib import cohort, datasets, dicom, evaluation, intake, privacy, report, scoring
+from lib import cohort, datasets, dicom, evaluation, examination, intake, preparation, privacy, report, scoring
 from lib.errors import CourseError
 from lib.preprocessing import Recipe
 
@@ -330,9 +330,9 @@ def test_real_headers_leave_no_trace(name, tmp_path, course_root, monkeypatch):
     shutil.copytree(REAL / name, place)
     values = {value for value in identifying(place) if len(value) >= 5} - HARMLESS
     assert len(values) > 20
-    monkeypatch.setattr(intake, "BRAIN_LITRES", (0, 100))
+    monkeypatch.setattr(examination, "BRAIN_LITRES", (0, 100))
     recipe = Recipe(("T1",), pixel_mm=4.0, slice_mm=8.0, size=96)
-    prepared = cohort.prepare_scan({"T1": place}, recipe)
+    prepared = preparation.prepare_scan({"T1": place}, recipe)
     assert prepared.facts["acquisition"]["T1"]["vendor"] in ("Siemens", "GE")
     found_in = datasets.find_subjects(tmp_path / "data")
     messages = [*found_in.notes, *map(str, found_in.subjects[0].scans), str(prepared.facts)]

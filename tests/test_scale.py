@@ -13,7 +13,7 @@ import made_cohort
 import psutil
 import pytest
 
-from lib import cohort, course, evaluation, intake, runs, scoring, workers
+from lib import course, evaluation, intake, preparation, runs, scoring, workers
 from lib.errors import CourseError
 from lib.preprocessing import Recipe
 from lib.settings import Course
@@ -25,12 +25,13 @@ SECONDS = 120  # that anything may take before a test gives up
 CODE = """
 import os, sys
 from pathlib import Path
-from lib import cohort, intake
+from lib import examination, extraction, intake, preparation
 from lib.preprocessing import Recipe
 os.cpu_count = lambda: 2
-intake.ROOT = cohort.ROOT = Path(sys.argv[2])
+for module in (examination, extraction, intake, preparation):
+    module.ROOT = Path(sys.argv[2])
 gathered = intake.gather(sys.argv[1], size=48, pixel_mm=4.0, cluster=sys.argv[3])
-cohort.prepare_cohort(gathered, Recipe(size=48, pixel_mm=4.0), sys.argv[3])
+preparation.prepare_cohort(gathered, Recipe(size=48, pixel_mm=4.0), sys.argv[3])
 """
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(workers.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
@@ -51,7 +52,7 @@ def alone(scans, course_root):
 
 def prepare(scans, cluster=""):
     gathered = intake.gather(str(scans), cluster=cluster, **FITS)
-    return cohort.prepare_cohort(gathered, RECIPE, cluster)
+    return preparation.prepare_cohort(gathered, RECIPE, cluster)
 
 
 def started(scans, root, cluster=""):
@@ -94,7 +95,7 @@ def test_what_killed_writers_left_is_cleared_and_what_living_ones_write_is_not(s
     folder = course_root / "data" / "prepared" / alone[0]
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    mine, machine = cohort._half(folder / "p0"), cohort._machine()
+    mine, machine = preparation._half(folder / "p0"), preparation._machine()
     gone = folder / f".p1-{machine}-{dead.pid}-0123"
     elsewhere, forgotten = folder / ".p2-host-1-0123", folder / ".p3-host-1-0123"
     for place in (mine, gone, elsewhere, forgotten):
@@ -108,20 +109,20 @@ def test_what_killed_writers_left_is_cleared_and_what_living_ones_write_is_not(s
 def test_disk_use_is_said_before_and_is_true(scans, course_root, capsys):
     gathered = intake.gather(str(scans), **FITS)
     capsys.readouterr()
-    folder = cohort.prepare_cohort(gathered, RECIPE)
+    folder = preparation.prepare_cohort(gathered, RECIPE)
     said = capsys.readouterr().out.splitlines()[0]
     taken = sum(path.stat().st_size for path in folder.rglob("*.np[yz]"))
     assert said.startswith(f"{SUBJECTS} subjects to prepare will take some ")
     assert float(said.split(" some ")[1].split(" MB")[0]) == pytest.approx(taken / 1e6, rel=0.05)
     shutil.rmtree(folder / "p0")
-    assert cohort.space(gathered, RECIPE).startswith("1 subject to prepare will take some ")
+    assert preparation.space(gathered, RECIPE).startswith("1 subject to prepare will take some ")
 
 
 def test_a_cohort_that_does_not_fit_the_disk_is_refused(scans, course_root, monkeypatch):
     gathered = intake.gather(str(scans), **FITS)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(CourseError, match=r"too small.* 16 subjects .* MB of disk; 1\.0 MB are free"):
-        cohort.prepare_cohort(gathered, RECIPE)
+        preparation.prepare_cohort(gathered, RECIPE)
 
 
 @pytest.fixture(scope="module")

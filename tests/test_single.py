@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from lib import cohort, models, single_scan, volumes
+from lib import models, preparation, single_scan, volumes
 from lib.errors import CourseError
 from lib.models import single, single_nets
 from lib.models.mirror import Plane, Scan
@@ -160,20 +160,20 @@ def test_halved_slices_are_filled_up_and_come_back_in_size(tmp_path):
 def test_a_scan_on_disk_is_prepared_without_a_cohort(course_root, brats):
     path = brats(1) / "p0" / "p0_flair.nii.gz"
     recipe = Recipe(modalities=("FLAIR",), pixel_mm=5.0, size=48)
-    subject = cohort.prepare_scan({"FLAIR": path}, recipe)
+    subject = preparation.prepare_scan({"FLAIR": path}, recipe)
     assert subject.image.shape == (1, *subject.brain.shape)
     assert not subject.lesion.any()
     assert subject.folder.is_relative_to(course_root / "data" / "prepared")
     assert models.create("mirror", ("FLAIR",)).maps(subject).max() > 0
-    assert cohort.prepare_scan({"FLAIR": path}, recipe).folder == subject.folder
+    assert preparation.prepare_scan({"FLAIR": path}, recipe).folder == subject.folder
 
 
 def test_a_bad_scan_on_disk_is_named(course_root, tmp_path):
     with pytest.raises(CourseError, match="nothing_flair"):
-        cohort.prepare_scan({"FLAIR": tmp_path / "nothing_flair.nii.gz"}, Recipe())
+        preparation.prepare_scan({"FLAIR": tmp_path / "nothing_flair.nii.gz"}, Recipe())
     volumes.write(tmp_path / "flat_t1.nii.gz", np.ones((9, 9, 9), np.int16), np.eye(4))
     with pytest.raises(CourseError, match="constant"):
-        cohort.prepare_scan({"T1": tmp_path / "flat_t1.nii.gz"}, Recipe(modalities=("T1",)))
+        preparation.prepare_scan({"T1": tmp_path / "flat_t1.nii.gz"}, Recipe(modalities=("T1",)))
 
 
 def test_methods_are_paired_by_patient():

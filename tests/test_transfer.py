@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import SVC
 
-from lib import cohort, domain, intake, transfer
+from lib import cohort, domain, intake, preparation, transfer
 from lib.errors import CourseError
 from lib.preprocessing import Recipe
 from lib.transfer import Plan
@@ -242,7 +242,8 @@ def test_healthy_and_ill_of_two_sources_are_told_apart_without_a_look_at_any_les
         pixel_mm=4,
         size=48,
     )
-    prepared = cohort.open_cohort(cohort.prepare_cohort(gathered, Recipe(("T1",), pixel_mm=4, slice_mm=4, size=48)))
+    recipe = Recipe(("T1",), pixel_mm=4, slice_mm=4, size=48)
+    prepared = cohort.open_cohort(preparation.prepare_cohort(gathered, recipe))
     found = transfer.compare(transfer.by_acquisition([prepared]), domain.by_health(prepared))
     assert (found.auroc > 0.9).all()
     assert set(found.n) == {len(PATIENTS) + len(HEALTHY)}
