@@ -97,7 +97,7 @@ def by_health(prepared: Cohort) -> dict[str, bool]:
     return {s.id: not s.healthy for s in prepared.subjects}
 
 
-def gap(prepared: Cohort, subjects: Sequence[Subject], *, seed: int = 0) -> tuple[str, ...]:
+def gap(prepared: Cohort, subjects: Sequence[Subject], *, seed: int = 0, permutations: int = 99) -> tuple[str, ...]:
     """A warning where healthy subjects and patients come from different folders, or from sites of their own, with how
     well `domain_classifier` tells one from the other; () where neither is so.
 
@@ -107,7 +107,7 @@ def gap(prepared: Cohort, subjects: Sequence[Subject], *, seed: int = 0) -> tupl
     groups, apart = _apart([members[s.id] for s in prepared.subjects], by_health(prepared))
     if not apart:
         return ()
-    found = domain_classifier(prepared, groups, seed=seed)
+    found = domain_classifier(prepared, groups, seed=seed, permutations=permutations)
     told = f"{found}." if found else f"not measured, for want of {LEAST} subjects on either side."
     return (
         f"Domain gap: healthy subjects and patients come from different {apart}. Telling the {apart} apart by the "
