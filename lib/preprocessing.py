@@ -278,9 +278,10 @@ class _Grid:
         return self.to_template @ self.scan_affine @ self.place
 
     def heights(self, shape: Sequence[int]) -> np.ndarray:
-        """The slice of this grid, between slices too, that each voxel [i, j, k] of the scan lies on."""
+        """The slice of this grid, between slices too, that each voxel [i, j, k] of the scan lies on: of that shape, or
+        of length 1 along axes that change nothing."""
         to_slice = np.linalg.inv(self.place)[2]
-        along = (factor * np.arange(n) for factor, n in zip(to_slice[:3], shape, strict=True))
+        along = (factor * np.arange(n if factor else 1) for factor, n in zip(to_slice[:3], shape, strict=True))
         return np.round(sum(np.ix_(*along)) + to_slice[3], 6)
 
     def own_grid(self, brain: np.ndarray, lesion: np.ndarray) -> OwnGrid:
@@ -298,7 +299,7 @@ class _Grid:
 
     def slices_of(self, mask: np.ndarray) -> tuple[int, ...]:
         """The slices of this grid that voxels of a mask [i, j, k] lie on or between."""
-        exact = np.unique(self.heights(mask.shape)[mask])
+        exact = np.unique(np.broadcast_to(self.heights(mask.shape), mask.shape)[mask])
         near = np.union1d(np.floor(exact), np.ceil(exact)).astype(int)
         return tuple(near[(near >= 0) & (near < self.shape[2])].tolist())
 

@@ -3,6 +3,8 @@
 Everything runs on one thread, so that the same scan gives the same bytes on every machine with the same packages.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from types import ModuleType
@@ -56,7 +58,8 @@ def bias_corrected(volume: Volume, brain: np.ndarray) -> Volume:
     corrector = itk.N4BiasFieldCorrectionImageFilter()
     corrector.SetNumberOfThreads(1)
     corrector.SetMaximumNumberOfIterations(FIELD_STEPS)
-    corrector.Execute(itk.Shrink(image, shrink), itk.Shrink(mask, shrink))
+    with _in_words("N4 finds no shading to correct in this brain.", "Look at the scan, or leave bias off."):
+        corrector.Execute(itk.Shrink(image, shrink), itk.Shrink(mask, shrink))
     log_field = itk.GetArrayFromImage(corrector.GetLogBiasFieldAsImage(image)).transpose(2, 1, 0)
     corrected = volume.voxels.astype(np.float32)
     corrected[box] /= np.exp(log_field - log_field[usable].mean())
@@ -161,8 +164,18 @@ def _optimised(moving, transform, levels: tuple[tuple[int, float], ...]):
     method.SetShrinkFactorsPerLevel([shrink for shrink, _ in levels])
     method.SetSmoothingSigmasPerLevel([mm for _, mm in levels])
     method.SetInitialTransform(transform, inPlace=True)
-    method.Execute(_image(template, affine), moving)
+    with _in_words("The brain cannot be laid over the template.", "Look at the scan, or leave register off."):
+        method.Execute(_image(template, affine), moving)
     return transform
+
+
+@contextmanager
+def _in_words(what: str, cure: str) -> Iterator[None]:
+    """What SimpleITK gives up on, as an error for people."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CourseError(what, cure) from error
 
 
 def _rigid(affine: np.ndarray, middle_mm: np.ndarray) -> np.ndarray:

@@ -56,7 +56,7 @@ def root(tmp_path_factory):
 def make_run(root, tmp_path_factory, write_subject):
     """`make_run(name, modalities)` prepares a cohort of healthy subjects and 2 patients, and fits the detectors."""
 
-    def make(name, modalities=("FLAIR",), healthy=4, incomplete=False):
+    def make(name, modalities=("FLAIR",), healthy=4, incomplete=False, **steps):
         scans = tmp_path_factory.mktemp(name)
         for i in range(healthy):
             write_subject(scans / f"h{i}", 100 + i, modalities, 0)
@@ -64,7 +64,7 @@ def make_run(root, tmp_path_factory, write_subject):
             write_subject(scans / f"p{i}", i, modalities[:1] if incomplete and i else modalities)
         wanted = ",".join(modalities)
         gathered = intake.gather(str(scans), modalities=wanted, size=48, pixel_mm=5.0, incomplete=incomplete)
-        folder = preparation.prepare_cohort(gathered, Recipe(modalities, 5.0, 0.0, 48))
+        folder = preparation.prepare_cohort(gathered, Recipe(modalities, 5.0, 0.0, 48, **steps))
         cohort.announce(name, folder, gathered)
         for method in (METHOD, "blur"):
             scoring.run_detector(method, cohort.of_run(name), name)
@@ -118,6 +118,21 @@ def test_a_lesion_comes_back_to_its_place_whichever_way_the_axes_point(towards, 
     centre = nibabel.affines.apply_affine(affine, np.argwhere(truth).mean(axis=0))
     np.testing.assert_allclose(largest["centre_mm"], centre, atol=2)
     assert largest["side"] == "right"
+
+
+def test_a_run_that_registers_and_learns_a_standard_maps_a_new_scan_on_its_own_grid(make_run, scan, tmp_path):
+    pytest.importorskip("SimpleITK", reason="SimpleITK is not installed: pip install -r requirements-extra.txt")
+    run = make_run("registered", healthy=3, register="affine", normalisation="nyul")
+    image = nibabel.load(scan)
+    askew = nibabel.affines.from_matvec(rotation(0.4), (12, -30, 9)) @ image.affine
+    path = tmp_path / "askew_flair.nii.gz"
+    volumes.write(path, np.asarray(image.dataobj), askew)
+    result = detection.detect({"FLAIR": path}, run, METHOD, threshold=0.9)
+    assert result.anomaly.shape == image.shape
+    np.testing.assert_allclose(result.affine, askew, atol=1e-4)
+    there = nibabel.affines.apply_affine(askew @ np.linalg.inv(image.affine), (25, 10, 5))
+    assert np.linalg.norm(np.subtract(result.components()[0]["centre_mm"], there)) < 5
+    assert result.brain.sum() == (np.asarray(image.dataobj) > 0).sum()
 
 
 def rotation(angle):

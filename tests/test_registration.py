@@ -238,3 +238,11 @@ def test_a_real_brain_comes_to_lie_on_the_template():
     found = registration.to_template(scan, brain, "affine")
     assert registration.template_dice(scan, brain, np.eye(4)) < 0.6
     assert registration.template_dice(scan, brain, found) > 0.93
+
+
+def test_a_scan_that_cannot_be_corrected_is_said_in_words():
+    brain = np.zeros((12, 12, 12), bool)
+    brain[5:7, 5, 5] = True
+    with pytest.raises(CourseError, match="N4") as caught:
+        registration.bias_corrected(Volume(100.0 * brain, np.diag([4.0, 4.0, 4.0, 1.0])), brain)
+    assert "bias off" in caught.value.cure
