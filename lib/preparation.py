@@ -237,10 +237,17 @@ def _clear(folder: Path) -> None:
     """Remove what writers that were killed have left: those of this machine that are gone, any after an hour."""
     for place in folder.glob(".*-*"):
         *_, machine, process, _ = ("", "", *place.name.split("-"))
-        gone = machine == _machine() and process.isdecimal() and not psutil.pid_exists(int(process))
+        gone = machine == _machine() and process.isdecimal() and _is_over(int(process))
         with contextlib.suppress(OSError):  # it was moved into place just now
             if gone or time.time() - place.stat().st_mtime > WRITING_SECONDS:
                 shutil.rmtree(place)
+
+
+def _is_over(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def read_brain(subject: Subject, modalities: Sequence[str], found: dict) -> dict[str, Volume]:

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from lib.errors import CourseError
 from lib.progress import bar
 
 FEW = 4  # items for which no further process is worth its start
+ADDRESS = re.compile(r"(tcp|tls)://[^/]+:\d+")
 ANSWER_SECONDS = 10  # that a scheduler and its workers have to answer
 SAME = ("numpy", "scipy", "scikit-image", "nibabel", "joblib", "distributed")  # or results and messages may differ
 START = "README.md, under 'Many scans', says how workers are started."
@@ -87,20 +89,23 @@ def _within(folder: str, function: Callable, item):
 
 @contextlib.contextmanager
 def _client(address: str):
+    nobody = f"No Dask scheduler answers at {address!r}."
+    cure = f"Give --cluster the address that it prints, tcp://HOST:PORT. {START}"
+    if not ADDRESS.fullmatch(address):
+        raise CourseError(nobody, cure)
     try:
         from distributed import Client
     except ImportError as error:
-        cure = "Install it by: pip install -r requirements-extra.txt"
-        raise CourseError("A cluster needs the package distributed, which is not installed.", cure) from error
+        what = "A cluster needs the package distributed, which is not installed."
+        raise CourseError(what, "Install it by: pip install -r requirements-extra.txt") from error
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is said by _check and _told
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other versions are told of in _check
         try:
             client = Client(address, timeout=ANSWER_SECONDS, set_as_default=False)
-        except (OSError, ValueError, TypeError) as error:
-            what = f"No Dask scheduler answers at {address!r}."
-            raise CourseError(what, f"Give --cluster the address that it prints, tcp://HOST:PORT. {START}") from error
+        except (OSError, ValueError, AssertionError) as error:  # the last where its thread does not start in time
+            raise CourseError(nobody, cure) from error
     with client:
         yield client
 

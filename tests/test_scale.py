@@ -81,7 +81,9 @@ def wait_for(true):
 def test_what_was_done_before_a_kill_is_not_done_again(scans, alone, course_root, stage):
     with started(scans, course_root) as process:
         wait_for(lambda: len(finished(course_root, stage)) >= 3)
+        family = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGKILL)
+    wait_for(lambda: all(cohort._is_over(one.pid) for one in family))
     before = finished(course_root, stage)
     assert 3 <= len(before) < SUBJECTS
     folder = prepare(scans)
@@ -93,16 +95,17 @@ def test_what_was_done_before_a_kill_is_not_done_again(scans, alone, course_root
 
 def test_what_killed_writers_left_is_cleared_and_what_living_ones_write_is_not(scans, course_root, alone):
     folder = course_root / "data" / "prepared" / alone[0]
-    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead, unburied = (subprocess.Popen([sys.executable, "-c", ""]) for _ in range(2))
     dead.wait()
+    wait_for(lambda: psutil.Process(unburied.pid).status() == psutil.STATUS_ZOMBIE)
     mine, machine = preparation._half(folder / "p0"), preparation._machine()
-    gone = folder / f".p1-{machine}-{dead.pid}-0123"
+    gone, dying = (folder / f".p1-{machine}-{process.pid}-0123" for process in (dead, unburied))
     elsewhere, forgotten = folder / ".p2-host-1-0123", folder / ".p3-host-1-0123"
-    for place in (mine, gone, elsewhere, forgotten):
+    for place in (mine, gone, dying, elsewhere, forgotten):
         place.mkdir(parents=True)
     os.utime(forgotten, (0, 0))
-    assert not psutil.pid_exists(dead.pid)
     assert prepare(scans) == folder
+    unburied.wait()
     assert {path.name for path in folder.glob(".*")} == {mine.name, elsewhere.name}
 
 
