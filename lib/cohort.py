@@ -20,6 +20,7 @@ from scipy import ndimage
 from lib import ROOT, dicom, privacy, run_folder, volumes
 from lib.datasets import Subject, hidden_names, read_scan
 from lib.errors import CourseError, check_choice
+from lib.extraction import VERSION as EXTRACTION
 from lib.extraction import find, kept
 from lib.intake import LESION_FREE, Gathered, examine_scan, is_healthy
 from lib.preprocessing import OwnGrid, Prepared, Recipe, between_empty, canonical, extracted, prepare
@@ -283,7 +284,7 @@ def _identity(gathered: Gathered, recipe: Recipe) -> str:
             s.site,
             s.kind,
             gathered.facts[s.id]["identity"],
-            *gathered.facts[s.id]["extracted"],
+            *_extraction(gathered.facts[s.id]),
             _acquisition(gathered.facts[s.id], s, recipe),
         ]
         for s in gathered.subjects
@@ -380,6 +381,10 @@ def _refusal(name: str, record: dict, found: tuple | None) -> CourseError:
         )
         return CourseError(what, "Give a brain-extracted scan, or a mask of its brain by --mask.")
     return CourseError("\n".join(what for what, _ in record["problems"]), record["problems"][0][1])
+
+
+def _extraction(found: dict) -> list:
+    return [EXTRACTION, *found["extracted"]] if found["extracted"] else []
 
 
 def _acquisition(found: dict, subject: Subject, recipe: Recipe) -> dict[str, dict]:
