@@ -3,11 +3,14 @@
 import io
 
 import made_cohort
+import numpy as np
 import pytest
+import test_extraction
 from PIL import Image
 
-from benchmarks import detectors_on_brats, viewer
-from lib import models, single_scan
+from benchmarks import detectors_on_brats, extraction, viewer
+from lib import models, single_scan, volumes
+from lib.errors import CourseError
 from lib.intake import LESION_FREE
 
 
@@ -46,3 +49,16 @@ def test_the_viewer_s_benchmark_moves_a_viewer_of_the_size_and_plots_the_same_pa
     found = viewer.measured(96, 1)
     assert found.keys() >= {"slice", "threshold", "matplotlib"}
     assert all(ms > 0 for ms in found.values())
+
+
+def test_extraction_is_measured_on_heads_against_the_whole_and_the_eroded_head(tmp_path):
+    scan, brain, lesion = test_extraction.head("FLAIR", 3)
+    volumes.write(tmp_path / "p0" / "p0_flair.nii.gz", scan.voxels.astype(np.int16), scan.affine)
+    volumes.write(tmp_path / "p0" / "p0_seg.nii.gz", lesion.astype(np.uint8), scan.affine)
+    table = extraction.measured(str(tmp_path), "FLAIR").set_index("way")
+    assert table.kept["head"] == 100
+    assert table.litres["head"] > table.litres["brain"] > 0.9 * brain.sum() * scan.millilitres / 1000
+    assert table.ap["brain"] > table.ap["head"]
+    assert table.kept["brain"] >= 97
+    with pytest.raises(CourseError, match="No patient"):
+        extraction.measured(str(tmp_path), "T2")
