@@ -26,6 +26,7 @@ from lib.conventions import hidden_names
 from lib.datasets import read_lesion, read_scan, read_subject
 from lib.errors import CourseError
 from lib.examination import content, examine_scan
+from lib.extraction import VERSION as EXTRACTION
 from lib.extraction import find, kept
 from lib.intake import LESION_FREE, Gathered, is_healthy, is_outlined
 from lib.preprocessing import Prepared, Recipe, canonical, extracted, prepare
@@ -154,7 +155,7 @@ def _identity(gathered: Gathered, recipe: Recipe) -> str:
             s.site,
             s.kind,
             gathered.facts[s.id]["identity"],
-            *gathered.facts[s.id]["extracted"],
+            *_extraction(gathered.facts[s.id]),
             _acquisition(gathered.facts[s.id], s, recipe),
         ]
         for s in gathered.subjects
@@ -332,6 +333,10 @@ def _refusal(name: str, record: dict, found: tuple | None) -> CourseError:
         )
         return CourseError(what, "Give a brain-extracted scan, or a mask of its brain by --mask.")
     return CourseError("\n".join(what for what, _ in record["problems"]), record["problems"][0][1])
+
+
+def _extraction(found: dict) -> list:
+    return [EXTRACTION, *found["extracted"]] if found["extracted"] else []
 
 
 def _acquisition(found: dict, subject: Subject, recipe: Recipe) -> dict[str, dict]:

@@ -5,12 +5,15 @@ import subprocess
 import sys
 
 import made_cohort
+import numpy as np
 import psutil
 import pytest
+import test_extraction
 from PIL import Image
 
-from benchmarks import detectors_on_brats, preparation, viewer
-from lib import datasets, models, single_scan
+from benchmarks import detectors_on_brats, extraction, preparation, viewer
+from lib import datasets, models, single_scan, volumes
+from lib.errors import CourseError
 from lib.intake import LESION_FREE
 from lib.preprocessing import Recipe
 
@@ -71,3 +74,16 @@ def test_the_memory_of_a_process_is_seen_with_its_children_s():
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         assert preparation._peak(psutil.Process(process.pid)) > 1e8
+
+
+def test_extraction_is_measured_on_heads_against_the_whole_and_the_eroded_head(tmp_path):
+    scan, brain, lesion = test_extraction.head("FLAIR", 3)
+    volumes.write(tmp_path / "p0" / "p0_flair.nii.gz", scan.voxels.astype(np.int16), scan.affine)
+    volumes.write(tmp_path / "p0" / "p0_seg.nii.gz", lesion.astype(np.uint8), scan.affine)
+    table = extraction.measured(str(tmp_path), "FLAIR").set_index("way")
+    assert table.kept["head"] == 100
+    assert table.litres["head"] > table.litres["brain"] > 0.9 * brain.sum() * scan.millilitres / 1000
+    assert table.ap["brain"] > table.ap["head"]
+    assert table.kept["brain"] >= 97
+    with pytest.raises(CourseError, match="No patient"):
+        extraction.measured(str(tmp_path), "T2")

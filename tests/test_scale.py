@@ -83,7 +83,7 @@ def test_what_was_done_before_a_kill_is_not_done_again(scans, alone, course_root
         wait_for(lambda: len(finished(course_root, stage)) >= 3)
         family = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGKILL)
-    wait_for(lambda: all(cohort._is_over(one.pid) for one in family))
+    wait_for(lambda: all(preparation._is_over(one.pid) for one in family))
     before = finished(course_root, stage)
     assert 3 <= len(before) < SUBJECTS
     folder = prepare(scans)
