@@ -120,7 +120,7 @@ class Folder:
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
-CT = {"modalities": "CT"}
+CT, NEVER = {"modalities": "CT"}, {"extraction": "never"}
 FOLDERS: dict[str, Folder] = {
     "a truncated scan": Folder("S07", _bytes("flair", lambda made: made[:-200])),
     "a truncated mask": Folder("S07", _bytes("seg", lambda made: made[: len(made) // 2])),
@@ -131,12 +131,12 @@ FOLDERS: dict[str, Folder] = {
     "z-scored": Folder("E01", _rewritten("flair", _z_score)),
     "a label map for a scan": Folder("E02", _rewritten("flair", lambda v: v // 200)),
     "CT that is no CT": Folder("E03", _rewritten("ct", lambda v: v + 1024), settings=CT),
-    "CT with a skull": Folder("E04", _rewritten("ct", _skull), settings=CT),
+    "CT with a skull": Folder("E04", _rewritten("ct", _skull), settings=CT | NEVER),
     "a mask of another shape": Folder("E05", _rewritten("seg", lambda v: v[:-1])),
     "a mask elsewhere": Folder("E05", _rewritten("seg", mm=EDGE_MM)),
     "a mask of other voxels": Folder("E05", _rewritten("seg", edges=(1, 1, 0.9))),
     "hardly a brain": Folder("E06", _rewritten("flair", lambda v: v * (np.arange(v.shape[0]) < 6)[:, None, None])),
-    "no background": Folder("E06", _whole_head),
+    "no background": Folder("E06", _whole_head, settings=NEVER),
     "a patient without a mask": Folder("", _patient_without_mask),
     "a mask of fractions": Folder("E08", _rewritten("seg", lambda v: v * 0.5)),
     "a scan for a mask": Folder("E08", _rewritten("seg", lambda v: np.arange(v.size).reshape(v.shape) % 999)),

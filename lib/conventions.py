@@ -172,7 +172,7 @@ def series(folder: Path, files: list[Path]) -> Found:
         if place.name.lower() in DICOM_FOLDERS:
             return DICOM_FOLDERS[place.name.lower()]
         try:
-            return dicom.weighting(dicom.facts(place))
+            return dicom.weighting(dicom.facts(place)) or UNNAMED
         except CourseError:  # nothing in it can be read: left alone, and said
             return None
 
@@ -197,8 +197,9 @@ def of_series(
 
     def meaning(path: Path):
         if path in owners:
-            what = modality(path) or (UNNAMED if times[owners[path]] == 1 else None)
-            return what and (owners[path], what)
+            what = modality(path)
+            known = what and (what != UNNAMED or times[owners[path]] == 1)
+            return (owners[path], what) if known else None
         above = [by_name[part] for part in path.parent.parts if part in by_name]
         return (above[-1], LESION) if above and _MASK_NAME.fullmatch(path.name) else None
 

@@ -153,7 +153,7 @@ def _hounsfield_problems(path, volume: Volume, extraction: str):
     found = volume.voxels[signal("CT", volume.voxels)]
     bone = float((found > BONE_HU).mean()) if len(found) else 0.0
     middle = float(np.median(found)) if len(found) else 0.0
-    if bone > MOST_BONE and extraction == "auto":
+    if bone > MOST_BONE and middle < BONE_HU and extraction == "auto":
         return
     if not CT_WINDOW[0] <= middle <= CT_WINDOW[1]:
         yield words("E03", path=path, middle=middle)

@@ -136,7 +136,7 @@ def test_what_was_left_out_stands_in_the_manifest(brats, course_root):
 
 def test_what_is_prepared_is_not_made_again(prepared, monkeypatch):
     gathered, folder = prepared
-    monkeypatch.setattr(cohort, "prepare", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr(preparation, "prepare", lambda *_: pytest.fail("prepared again"))
     assert prepare_cohort(gathered, RECIPE) == folder
 
 
@@ -170,7 +170,7 @@ def test_an_interrupted_preparation_is_completed_byte_for_byte(prepared, damage)
 
 def test_a_preparation_that_is_killed_leaves_whole_subjects(brats, course_root, monkeypatch):
     gathered = gather(brats())
-    really = cohort.prepare
+    really = preparation.prepare
 
     def dies_at_third(*arguments, count=[]):  # noqa: B006 (it counts its calls)
         count.append(1)
@@ -179,7 +179,7 @@ def test_a_preparation_that_is_killed_leaves_whole_subjects(brats, course_root, 
         return really(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cohort, "prepare", dies_at_third)
+        patch.setattr(preparation, "prepare", dies_at_third)
         with pytest.raises(KeyboardInterrupt):
             prepare_cohort(gathered, RECIPE)
     (folder,) = (p for p in (course_root / "data" / "prepared").iterdir() if p.is_dir())
@@ -198,9 +198,9 @@ def test_threads_that_prepare_at_once_do_not_clash(brats, course_root):
 
 def test_processes_that_prepare_at_once_do_not_clash(brats, course_root, tmp_path):
     script = (
-        "import sys; from pathlib import Path; from lib import cohort, intake\n"
+        "import sys; from pathlib import Path; from lib import examination, extraction, intake, preparation\n"
         "from lib.preprocessing import Recipe\n"
-        "intake.ROOT = cohort.ROOT = Path(sys.argv[2])\n"
+        "for module in (examination, extraction, intake, preparation):\n    module.ROOT = Path(sys.argv[2])\n"
         "gathered = intake.gather(sys.argv[1], size=48, pixel_mm=4.0)\n"
         "print(preparation.prepare_cohort(gathered, Recipe(size=48, pixel_mm=4.0)))\n"
     )

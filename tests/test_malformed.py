@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import corruption, malformed, malformed_folders
-from lib import cohort, datasets, dicom, intake, nifti, pictures, preparation, refusals, volumes
+from lib import cohort, datasets, dicom, examination, intake, nifti, pictures, preparation, refusals, volumes
 from lib.errors import CourseError
 from lib.preprocessing import Recipe
 
@@ -270,11 +270,33 @@ def test_a_change_that_keeps_size_and_time_is_examined_again(subjects, course_ro
     assert intake.gather(str(subjects), **FITS) == first
 
 
+def test_a_head_in_which_no_brain_is_found_is_refused(subjects, course_root, monkeypatch):
+    nothing = np.zeros(volumes.read(subjects / "p1" / "p1_flair.nii.gz").voxels.shape, bool)
+    monkeypatch.setattr(examination, "find", lambda scans: (nothing, "FLAIR", "a growing surface"))
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # or processes would not know of the line above
+    with pytest.raises(CourseError) as caught:
+        intake.gather(str(subjects), **FITS)
+    assert said_with("E16", caught.value.what)
+    assert left(course_root) in ([], ["brains"])
+
+
+def test_pictures_on_grey_are_refused(tmp_path, course_root):
+    rows, columns = np.mgrid[-32:32, -32:32]
+    for name in ("yes", "no"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            disc = np.where(rows**2 + columns**2 < (20 + number) ** 2, 120 + rows + 20 * number, 60)
+            Image.fromarray(disc.astype(np.uint8)).save(tmp_path / name / f"{name}{number}.png")
+    with pytest.raises(CourseError) as caught:
+        intake.gather(str(tmp_path), extraction="never")
+    assert said_with("E07", caught.value.what)
+
+
 def test_every_refusal_is_provoked_by_a_case():
     codes = {case.code for case in (*malformed.CASES.values(), *FOLDERS.values())} | {
         code for code, _ in SERIES.values()
     }
-    elsewhere = {"S20", "F01", "F02", "E15"}  # above, for they need more than a file
+    elsewhere = {"S20", "F01", "F02", "E07", "E15", "E16"}  # above, for they need more than a file
     assert codes - {""} | elsewhere == refusals.REFUSALS.keys()
 
 
