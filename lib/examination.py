@@ -13,7 +13,7 @@ import numpy as np
 from lib import ROOT, acquisition, datasets, dicom, pictures, privacy, quality, volumes, workers
 from lib.boxes import extent_mm
 from lib.errors import CourseError
-from lib.extraction import BONE_HU, MOST_BONE, find, keep, kept, shows_head
+from lib.extraction import BONE_HU, MOST_BONE, find, keep, kept
 from lib.intensities import CT_WINDOW
 from lib.preprocessing import brain_mask, canonical, signal
 from lib.refusals import words
@@ -142,8 +142,7 @@ def _intensity_problems(path, modality: str, volume: Volume, extraction: str):
         yield from _hounsfield_problems(path, volume, extraction)
     elif (volume.voxels < 0).mean() > MOST_NEGATIVE:
         yield words("E01", path=path)
-    grey = volume.voxels.shape[2] == 1 and not pictures.on_black(volume)
-    if grey and (extraction == "never" or not shows_head(volume, modality)):
+    if extraction == "never" and volume.voxels.shape[2] == 1 and not pictures.on_black(volume):
         yield words("E07", path=path)
     if len(np.unique(volume.voxels[::2, ::2, ::2])) < LEAST_LEVELS:
         yield words("E02", path=path, least=LEAST_LEVELS)
@@ -191,7 +190,8 @@ def _look_at_brain(
         record["problems"].append(_no_brain(subject, scans, record, allowed))
         return
     record["quality"] = quality.measured(brain, first.voxel_mm)
-    record["flags"] = quality.flags(record["quality"], brain.shape[2])
+    sized = not any(pictures.is_picture(path) or pictures.is_stack(path) for path in subject.scans.values())
+    record["flags"] = quality.flags(record["quality"], brain.shape[2], sized)
     record["extent_mm"] = extent_mm(brain, first.voxel_mm).round(1).tolist()
     record["voxel_mm"] = first.voxel_mm.round(4).tolist()
     if lesion:

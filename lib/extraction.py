@@ -41,7 +41,7 @@ from scipy import ndimage
 from skimage.morphology import convex_hull_image
 from skimage.transform import rescale, warp_polar
 
-from lib import ROOT, surfaces, volumes
+from lib import ROOT, pictures, surfaces, volumes
 from lib.preprocessing import AIR_HU, brain_mask, canonical, signal
 from lib.volumes import Volume
 
@@ -68,13 +68,13 @@ THICK_MM = 3.0  # slices further apart are looked at one by one where shapes are
 
 def shows_head(volume: Volume, modality: str) -> bool:
     """Whether a scan shows a head, or an extracted brain: by its litres, and by the dark gap of the skull between two
-    bright shells; of a single slice by the gap alone; of CT by its bone."""
+    bright shells; of a single slice by the gap, or by its grey background; of CT by its bone."""
     voxels = canonical(volume).voxels
     if modality == "CT":
         found = voxels[voxels > AIR_HU]
         return bool(found.size and (found > BONE_HU).mean() > MOST_BONE)
     if voxels.shape[2] == 1:
-        return _gap(voxels[..., 0], volume.voxel_mm[:2]) >= GAP_RAYS
+        return not pictures.on_black(volume) or _gap(voxels[..., 0], volume.voxel_mm[:2]) >= GAP_RAYS
     litres = brain_mask([signal(modality, voxels)]).sum() * volume.millilitres / 1000
     least, most = HEAD_LITRES
     if not least <= litres <= most:

@@ -10,7 +10,7 @@ from lib.errors import CourseError, check_choice, check_least
 from lib.examination import examine
 from lib.extraction import CHOICES
 from lib.progress import bar
-from lib.subjects import Subject
+from lib.subjects import Subject, some
 
 HEALTHY, LESION_FREE = "healthy subjects", "lesion-free slices of patients"
 EMBEDDED = "embedded cohort (simulated; its figures are not to be compared with the literature)"
@@ -72,7 +72,7 @@ def gather(
     useful, unknown = _known([s for s in subjects if s.id not in broken])
     left_out = [*lacking, *_left_out_broken(broken), *unknown]
     stated = datasets.read_splits(Path(splits), {s.id for s in dataset.subjects}, dataset.called) if splits else {}
-    assigned, training = _assign(useful, facts, stated, left_out, seed)
+    assigned, training = _assign(useful, facts, stated, left_out, seed, dataset.notes[0])
     left_out += _in_no_split(useful, assigned)
     used = tuple(s for s in useful if s.id in assigned)
     source = " and ".join(filter(None, (data, healthy_data))) or EMBEDDED
@@ -149,7 +149,9 @@ def is_outlined(subject: Subject) -> bool:
     return subject.lesion_mask is not None or bool(subject.healthy)
 
 
-def _assign(subjects, facts, stated: Mapping[str, str], left_out, seed: int) -> tuple[dict[str, str], str]:
+def _assign(
+    subjects, facts, stated: Mapping[str, str], left_out, seed: int, understood: str
+) -> tuple[dict[str, str], str]:
     """Splits by subject, and what the healthy material is; `stated`: the splits of a file, where there is one. Patients
     whose lesions are not outlined are tested and no more."""
     loads = {s.id: facts[s.id]["lesion_ml"] for s in subjects}
@@ -165,7 +167,7 @@ def _assign(subjects, facts, stated: Mapping[str, str], left_out, seed: int) -> 
         if name not in result.values():
             reasons = "".join(f"\n  {one['subject']}: {one['why']}" for one in left_out)
             count = f"{len(loads)} can be used, {len(left_out)} cannot"
-            what = f"No subject is left for the split {name}; {count}.{reasons}"
+            what = f"{understood}\nNo subject is left for the split {name}; {count}.{reasons}"
             raise CourseError(what, "Give at least three usable subjects, or other splits.")
     covered = {result.get(s) for s in healthy}
     return result, HEALTHY if {"train", "validation"} <= covered else LESION_FREE
@@ -245,4 +247,4 @@ def _series_notes(scans: Mapping[str, tuple[dict, str]]) -> Iterator[str]:
     for name, (record, m) in scans.items():
         for note in record["notes"][m]:
             said.setdefault(note, []).append(name)
-    yield from (f"{', '.join(names)}: {note}" for note, names in said.items())
+    yield from (f"{some(names)}: {note}" for note, names in said.items())

@@ -41,11 +41,13 @@ def measured(brain: np.ndarray, voxel_mm: np.ndarray) -> dict[str, float]:
     }
 
 
-def flags(found: dict[str, float], slices: int) -> list[str]:
-    """What is unlike an adult's brain, each in a few words; of a single slice neither litres nor jumps are known."""
+def flags(found: dict[str, float], slices: int, sized: bool = True) -> list[str]:
+    """What is unlike an adult's brain, each in a few words; neither litres nor jumps are known of a single slice, and
+    no litres where voxels are not `sized`."""
     (least, most), (wide, widest) = BRAIN_LITRES, ROUNDNESS
     said = {
-        f"{found['litres']:.2f} litres, and a brain has {least} to {most}": slices > 1
+        f"{found['litres']:.2f} litres, and a brain has {least} to {most}": sized
+        and slices > 1
         and not least <= found["litres"] <= most,
         f"{found['parts']} separate parts": found["parts"] > 1,
         f"{100 * found['asymmetry']:.0f} % of it has nothing on the other side": found["asymmetry"] > MOST_ASYMMETRY,
