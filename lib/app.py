@@ -84,7 +84,7 @@ class App(ipywidgets.VBox):
         )
         self.children = [
             note, _heading("1. What looks"), self.run, self.method,
-            _heading("2. A brain-extracted scan"), self.scans, self.start, self.said, self.result,
+            _heading("2. A scan"), self.scans, self.start, self.said, self.result,
         ]  # fmt: skip
         if runs:
             self._run_chosen()

@@ -188,7 +188,7 @@ def detect(
     keep: Path | None = None,
     tell: Callable[[str], object] | None = None,
 ) -> Found:
-    """What a method of a run finds in one person's scans, brain-extracted or with a mask of the `brain`.
+    """What a method of a run finds in one person's scans: of the brain, of the head, or with a mask of the `brain`.
 
     `scans`: the file of each modality of the run; where it has one alone, a scan of another stands in, with a warning.
     `threshold`: one's own instead of the one that healthy validation material fixes; `keep`: as
