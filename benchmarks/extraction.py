@@ -48,8 +48,8 @@ def measured(data: str, modality: str) -> pd.DataFrame:
     for subject in datasets.find_subjects(Path(data)).subjects:
         if modality not in subject.scans or subject.lesion_mask is None:
             continue
-        scan = canonical(datasets.read_scan(subject.scans[modality]))
-        lesion = canonical(datasets.read_scan(subject.lesion_mask, constant_allowed=True))
+        scan = canonical(datasets.read_modality(subject, modality))
+        lesion = canonical(datasets.read_lesion(subject))
         if not (extraction.shows_head(scan, modality) and (lesion.voxels > 0).any()):
             continue
         outline, truth = head(scan.voxels), lesion.voxels > 0
