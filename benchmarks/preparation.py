@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from lib import cohort, datasets, intake, phantom, preparation, volumes
+from lib import datasets, intake, phantom, preparation, volumes
 from lib.preprocessing import Recipe
 
 HEADS = 4
@@ -48,7 +48,7 @@ def write_scans(place: Path, number: int) -> Path:
 
 def prepare(scans: Path, root: Path) -> dict:
     """Seconds of the clock and of all processors, and the cohort's bytes a subject, from nothing."""
-    intake.ROOT = cohort.ROOT = root
+    lib.ROOT = root
     started, before = time.perf_counter(), _cpu_seconds()
     gathered = intake.gather(str(scans), size=RECIPE.size, pixel_mm=RECIPE.pixel_mm)
     folder = preparation.prepare_cohort(gathered, RECIPE)
@@ -135,7 +135,8 @@ def by_monai(steps, subject: datasets.Subject, target: Path) -> tuple[np.ndarray
 
 def by_ours(subject: datasets.Subject, target: Path) -> tuple[np.ndarray, np.ndarray]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    preparation._prepare_subject(subject, RECIPE, target.parent)
+    scans, lesion = datasets.read_subject(subject, RECIPE.modalities), datasets.read_lesion(subject)
+    preparation._write_subject(preprocessing.prepare(scans, lesion, RECIPE), target)
     facts = json.loads((target / "facts.json").read_bytes())
     return np.load(target / "image.npy")[0], np.array(facts["affine"])
 

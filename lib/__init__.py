@@ -12,3 +12,8 @@ RESEARCH = "For research, not for diagnosis."
 def run_folder(run: str) -> Path:
     """Where a run keeps its report, models, maps and logs."""
     return ROOT / "reports" / run
+
+
+def data_folder(*names: str) -> Path:
+    """Where prepared cohorts, downloads and what is remembered of scans are kept."""
+    return ROOT.joinpath("data", *names)

@@ -10,7 +10,8 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
-from lib import ROOT, registration, run_folder, volumes
+import lib
+from lib import registration, run_folder, volumes
 from lib.errors import CourseError, check_choice
 from lib.intake import LESION_FREE, Gathered
 from lib.preprocessing import OwnGrid
@@ -25,7 +26,7 @@ OPEN_ARRAYS = 300  # each mapped array holds a file open, and a process may have
 def announce(run: str, folder: Path, gathered: Gathered, warnings: Sequence[str] = ()) -> None:
     """Tell the later notebooks of a run which cohort is theirs; its report puts `warnings` first."""
     said = {
-        "path": folder.relative_to(ROOT).as_posix(),
+        "path": folder.relative_to(lib.ROOT).as_posix(),
         "hash": folder.name,
         "training": gathered.training,
         "notes": [*gathered.notes, *registration_notes(open_cohort(folder))],
@@ -50,7 +51,7 @@ def of_run(run: str, grid: str = "prepared") -> "Cohort":
         raise CourseError(
             f"The run {run!r} has no prepared cohort.", "Run 01_preprocessing with this run's name first."
         ) from error
-    return replace(open_cohort(ROOT / said["path"]), grid=grid)
+    return replace(open_cohort(lib.ROOT / said["path"]), grid=grid)
 
 
 def open_cohort(folder: Path) -> "Cohort":

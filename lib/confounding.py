@@ -14,7 +14,7 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from lib import ROOT, cohort, datasets, intake, phantom, preparation, transfer, volumes
+from lib import cohort, data_folder, datasets, intake, phantom, preparation, transfer, volumes
 from lib.cohort import Cohort
 from lib.errors import check_least
 from lib.preprocessing import HALVINGS, Recipe
@@ -75,7 +75,7 @@ def simulate(per_scanner: int = 10, learners: int = 15, *, voxel_mm: float = 4.0
     """Write the scans of `plan` and their splits to `data/embedded`, what is there already not again; the folder."""
     table = plan(per_scanner, learners)
     name = f"confounding-{per_scanner}-per-scanner-{learners}-learners-{voxel_mm:g}mm-seed{seed}-v{VERSION}"
-    folder = ROOT / "data" / "embedded" / f"{name}.{phantom.VERSION}"
+    folder = data_folder("embedded", f"{name}.{phantom.VERSION}")
     there = (folder / "participants.tsv").exists()
     with bar(what="simulating", total=len(table), unit="scan", disable=there) as shown:
         phantom.write_subjects(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib import ROOT, acquisition, datasets, dicom, pictures, privacy, quality, volumes, workers
+from lib import acquisition, data_folder, datasets, dicom, pictures, privacy, quality, volumes, workers
 from lib.boxes import extent_mm
 from lib.errors import CourseError
 from lib.extraction import BONE_HU, MOST_BONE, find, keep, kept
@@ -45,7 +45,7 @@ def examine(
     Good files that have not changed since they were examined, by size and time, are not read again; each subject is
     remembered as soon as it is done. `cluster`: as in workers.each.
     """
-    memory = _Memory(ROOT / "data" / "examined")
+    memory = _Memory(data_folder("examined"))
     records = {s.id: memory.recall(memory.key(s, modalities, extraction)) for s in subjects}
     waiting = [s for s in subjects if not records[s.id]]
     shared = {"cluster": cluster, "needs": [p for s in waiting for p in s.scans.values()], "writes": memory.folder}

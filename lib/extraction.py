@@ -41,7 +41,7 @@ from scipy import ndimage
 from skimage.morphology import convex_hull_image
 from skimage.transform import rescale, warp_polar
 
-from lib import ROOT, pictures, surfaces, volumes
+from lib import data_folder, pictures, surfaces, volumes
 from lib.preprocessing import AIR_HU, brain_mask, canonical, signal
 from lib.volumes import Volume
 
@@ -141,7 +141,7 @@ def kept(identity: str) -> Volume | None:
 
 def _kept(identity: str):
     name = hashlib.sha256(f"{VERSION} {bool(find_spec(DEEPBET))} {identity}".encode()).hexdigest()[:32]
-    return ROOT / "data" / "prepared" / "brains" / f"{name}.npz"
+    return data_folder("prepared", "brains", f"{name}.npz")
 
 
 def _by_deepbet(voxels: np.ndarray) -> np.ndarray:

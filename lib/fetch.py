@@ -36,7 +36,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         epilog="Without a name: lists the data sets. Nothing is downloaded but by this command.", allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("name", metavar="NAME", nargs="?", default="", help="the data set, as ixi_t1")
-    parser.add_argument("--to", metavar="DIR", type=Path, default=lib.ROOT / "data" / "downloads",
+    parser.add_argument("--to", metavar="DIR", type=Path, default=lib.data_folder("downloads"),
                         help="folder for data sets (data/downloads)")  # fmt: skip
     parser.add_argument(
         "--check", metavar="DIR", type=Path, help="only look whether the data set is whole in this folder"

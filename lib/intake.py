@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import ROOT, datasets
+from lib import data_folder, datasets
 from lib.datasets import HEALTHY_SHARES, PATIENT_SHARES
 from lib.errors import CourseError, check_choice, check_least
 from lib.examination import examine
@@ -100,7 +100,7 @@ def _refusal(broken: Mapping[str, list], subjects: int, understood: str) -> Cour
 def _embedded(healthy: int, patients: int, voxel_mm: float, seed: int) -> Path:
     from lib import phantom  # and nilearn with it, which scans of one's own do without
 
-    folder = ROOT / "data" / "embedded" / phantom.folder_name(healthy, patients, voxel_mm, seed)
+    folder = data_folder("embedded", phantom.folder_name(healthy, patients, voxel_mm, seed))
     numbers = {"healthy": healthy, "patients": patients, "voxel_mm": voxel_mm, "seed": seed}
     there = (folder / "participants.tsv").exists()
     with bar(what="simulating", total=healthy + patients, unit="subject", disable=there) as shown:

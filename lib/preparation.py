@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import scipy
 
-from lib import ROOT, dicom, intensities, privacy, volumes, workers
+from lib import data_folder, dicom, intensities, privacy, volumes, workers
 from lib.cohort import FORMAT, PreparedSubject, lesion_free
 from lib.conventions import hidden_names
 from lib.datasets import read_lesion, read_scan, read_subject
@@ -83,7 +83,7 @@ def space(gathered: Gathered, recipe: Recipe) -> str:
 def _plan(gathered: Gathered, recipe: Recipe) -> tuple[str, Path, list[Subject]]:
     """A cohort's hash, its folder, and the subjects that are not in it yet."""
     identity = _identity(gathered, recipe)
-    folder = ROOT / "data" / "prepared" / identity
+    folder = data_folder("prepared", identity)
     return identity, folder, [s for s in gathered.subjects if not (folder / s.id / "facts.json").exists()]
 
 
@@ -133,7 +133,7 @@ def prepare_scan(
         what = f"{name} is a single slice, and this recipe lays whole brains over a template."
         raise CourseError(what, "Give the whole series, or a run without register.")
     content = json.dumps([FORMAT, asdict(recipe), name, list(read), record["identity"], standard], sort_keys=True)
-    folder = (keep or ROOT / "data" / "prepared" / "scans") / hashlib.sha256(content.encode()).hexdigest()[:16]
+    folder = (keep or data_folder("prepared", "scans")) / hashlib.sha256(content.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / name / "facts.json").exists():
         _write_subject(prepare(ready, None, recipe, standard), folder / name)
@@ -189,7 +189,7 @@ def _for_each(work: Callable, subjects: Sequence[Subject], gathered: Gathered, w
     """`work` of each subject with what its examination has found."""
     items = [(s, gathered.facts[s.id]) for s in subjects]
     needs = [path for s in subjects for path in s.scans.values()]
-    writes = ROOT / "data" / "prepared"
+    writes = data_folder("prepared")
     return workers.each(work, items, what=what, unit="subject", cluster=cluster, needs=needs, writes=writes)
 
 

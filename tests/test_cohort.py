@@ -198,9 +198,9 @@ def test_threads_that_prepare_at_once_do_not_clash(brats, course_root):
 
 def test_processes_that_prepare_at_once_do_not_clash(brats, course_root, tmp_path):
     script = (
-        "import sys; from pathlib import Path; from lib import examination, extraction, intake, preparation\n"
+        "import sys; from pathlib import Path; import lib; from lib import intake, preparation\n"
         "from lib.preprocessing import Recipe\n"
-        "for module in (examination, extraction, intake, preparation):\n    module.ROOT = Path(sys.argv[2])\n"
+        "lib.ROOT = Path(sys.argv[2])\n"
         "gathered = intake.gather(sys.argv[1], size=48, pixel_mm=4.0)\n"
         "print(preparation.prepare_cohort(gathered, Recipe(size=48, pixel_mm=4.0)))\n"
     )

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import lib
 from lib import confounding, phantom, transfer
 from lib.errors import CourseError
 from lib.transfer import Plan
@@ -14,8 +15,7 @@ SMALL = {"per_scanner": 6, "learners": 6, "voxel_mm": 6}
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        for module in (confounding, confounding.cohort, confounding.intake):
-            patch.setattr(module, "ROOT", tmp_path_factory.mktemp("course"))
+        patch.setattr(lib, "ROOT", tmp_path_factory.mktemp("course"))
         yield confounding.study(**SMALL, modalities="T1,FLAIR")
 
 

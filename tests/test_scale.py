@@ -25,11 +25,11 @@ SECONDS = 120  # that anything may take before a test gives up
 CODE = """
 import os, sys
 from pathlib import Path
-from lib import examination, extraction, intake, preparation
+import lib
+from lib import intake, preparation
 from lib.preprocessing import Recipe
 os.cpu_count = lambda: 2
-for module in (examination, extraction, intake, preparation):
-    module.ROOT = Path(sys.argv[2])
+lib.ROOT = Path(sys.argv[2])
 gathered = intake.gather(sys.argv[1], size=48, pixel_mm=4.0, cluster=sys.argv[3])
 preparation.prepare_cohort(gathered, Recipe(size=48, pixel_mm=4.0), sys.argv[3])
 """
