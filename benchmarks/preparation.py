@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from lib import datasets, intake, phantom, preparation, volumes
+import lib
+from lib import datasets, intake, phantom, preparation, preprocessing, volumes
 from lib.preprocessing import Recipe
 
 HEADS = 4

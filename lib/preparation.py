@@ -216,12 +216,19 @@ def _prepared(examined: tuple[Subject, dict], recipe: Recipe, standard: Mapping 
         scans, lesion = read_subject(subject, recipe.modalities), read_lesion(subject)
     except CourseError as error:
         raise refusal("E15", subject=subject.id) from error
-    if content([*scans.values(), lesion]) != found["identity"]:
+    if _has_changed(scans, lesion, found):
         raise refusal("E15", subject=subject.id)
     try:
         return prepare(_brain_alone(subject, scans, found), lesion, recipe, standard)
     except CourseError as error:
         raise CourseError(f"{subject.id}: {error.what}", error.cure) from error
+
+
+def _has_changed(scans: Mapping[str, Volume], lesion: Volume | None, found: dict) -> bool:
+    """Whether scans are no longer those that were examined; where some modalities alone are read, by their voxels."""
+    if scans.keys() == found["checksums"].keys():
+        return content([*scans.values(), lesion]) != found["identity"]
+    return any(volumes.checksum(scan.voxels) != found["checksums"][m] for m, scan in scans.items())
 
 
 def _half(target: Path) -> Path:
