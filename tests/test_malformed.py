@@ -257,6 +257,17 @@ def test_a_scan_that_changes_behind_its_examination_enters_no_cohort(subjects, c
     assert {s.id for s in ready.subjects} >= {"p0", "p1", "p3", "p4"}
 
 
+def test_of_several_modalities_one_may_be_prepared_alone_unless_it_changes(subjects, course_root):
+    recipe = Recipe(("FLAIR",), **FITS)
+    gathered = intake.gather(str(subjects), modalities="FLAIR,CT", **FITS)
+    assert len(cohort.open_cohort(preparation.prepare_cohort(gathered, recipe)).subjects) == 5
+    path = subjects / "p2" / "p2_flair.nii.gz"
+    gathered = intake.gather(str(subjects), modalities="FLAIR,CT", **FITS, seed=1)
+    volumes.write(path, volumes.read(path).voxels * 2, volumes.read(path).affine)
+    shutil.rmtree(course_root / "data" / "prepared")
+    assert "p2" in refused("E15", preparation.prepare_cohort, gathered, recipe)
+
+
 def test_a_change_that_keeps_size_and_time_is_examined_again(subjects, course_root):
     path = subjects / "p2" / "p2_flair.nii.gz"
     times = path.stat()
