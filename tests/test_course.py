@@ -36,7 +36,7 @@ def tree(tmp_path, monkeypatch):
     root = tmp_path / "a course"
     (root / "lib").mkdir(parents=True)
     (root / "notebooks").mkdir()
-    for name in ("__init__", "errors", "volumes", "settings", "runner", "jobs", "runs", "course"):
+    for name in ("__init__", "errors", "refusals", "nifti", "volumes", "settings", "runner", "jobs", "runs", "course"):
         shutil.copy(HERE.parent / "lib" / f"{name}.py", root / "lib")
     (root / "lib" / "report.py").write_text(REPORT)
     fake = SimpleNamespace()
