@@ -345,9 +345,7 @@ def test_refused_data_leaves_nothing_behind(tree, capsys, monkeypatch):
         asked.update(modalities=modalities, seed=seed, size=size)
         raise CourseError("scan.nii.gz is empty.", "Copy it again.")
 
-    fake = SimpleNamespace(gather=gather)
-    monkeypatch.setattr(lib, "intake", fake, raising=False)
-    monkeypatch.setitem(sys.modules, "lib.intake", fake)
+    monkeypatch.setattr("lib.intake.gather", gather)
     assert run("--modality", "T2", "--seed", "3") == 2
     assert capsys.readouterr().err == "scan.nii.gz is empty.\nCopy it again.\n"
     assert asked == {"modalities": "T2", "seed": 3, "size": 96}
