@@ -222,7 +222,7 @@ def test_an_interrupt_ends_the_kernel_and_resume_goes_on(tree, number):
     with started(tree, "--only", "02") as (process, pids):
         wait_for(lambda: (folder / "logs" / "02_waits.log").read_text() == "waiting\n")
         process.send_signal(number)
-        assert process.wait(20) == 130
+        assert process.wait(60) == 130
         assert all(map(gone, pids))
     said = (tree / "said.txt").read_text()
     assert "--resume --run one" in said

@@ -443,7 +443,7 @@ def test_pictures_that_cannot_be_used_are_named(tmp_path):
         path = next(tmp_path.glob(f"{name}.*"), tmp_path / "gone.png")
         with pytest.raises(CourseError, match=rf"{path.name}.*{why}"):
             pictures.read(path)
-    with pytest.raises(CourseError, match=r"bright\.png has a background that is not 0"):
+    with pytest.raises(CourseError, match="No brain was found in bright"):
         preparation.prepare_scan({"FLAIR": tmp_path / "bright.png"}, Recipe())
 
 
@@ -468,7 +468,7 @@ def test_a_fault_of_the_program_leaves_no_message_behind(run, scan, tmp_path, ca
     def fail(*_, **__):
         raise RuntimeError("^".join(["Doe", "Jane"]))
 
-    monkeypatch.setattr(cohort, "prepare_scan", fail)
+    monkeypatch.setattr(preparation, "prepare_scan", fail)
     assert detect.main([str(scan), "--run", str(run), "--method", METHOD, "--out", str(tmp_path / "out")]) == 1
     assert "failed, with RuntimeError" in (said := capsys.readouterr().err)
     log = lib.run_folder("error.log").read_text()

@@ -152,7 +152,7 @@ def test_an_interrupted_set_up_mends_itself(clone):
         assert time.monotonic() < end
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "start again" in err
     assert clone.run()[:2] == (0, clone.said())
