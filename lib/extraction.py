@@ -38,8 +38,6 @@ from importlib.util import find_spec
 import nibabel
 import numpy as np
 from scipy import ndimage
-from skimage.morphology import convex_hull_image
-from skimage.transform import rescale, warp_polar
 
 from lib import data_folder, pictures, surfaces, volumes
 from lib.preprocessing import AIR_HU, brain_mask, canonical, signal
@@ -163,6 +161,8 @@ def _by_surface(turned: Volume, modality: str) -> np.ndarray:
 
 def _gap(pixels: np.ndarray, mm: np.ndarray) -> float:
     """The share of rays from the middle of a slice [i, j] that meet a dark gap between two bright shells."""
+    from skimage.transform import rescale, warp_polar  # slow to import, and extracted brains do without
+
     pixels = rescale(pixels, mm / WORK_MM, order=1, preserve_range=True)
     if not (pixels > 0).any():
         return 0.0
@@ -305,6 +305,8 @@ def _shaped(inside: np.ndarray, bright: np.ndarray, mm: np.ndarray) -> np.ndarra
 
 
 def _hull(mask: np.ndarray) -> np.ndarray:
+    from skimage.morphology import convex_hull_image
+
     return convex_hull_image(mask) if mask.any() else mask
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.interpolate import make_interp_spline
 from skimage.exposure import match_histograms
 
 CT_WINDOW = (0.0, 80.0)  # Hounsfield units; the usual window of the brain, centre 40 and width 80
@@ -52,6 +51,8 @@ def _scale(values: np.ndarray) -> float:
 
 def _to_landmarks(values: np.ndarray, standard: Sequence[float]) -> tuple[np.ndarray, float]:
     """Piecewise linear between the landmarks, beyond the outermost with the slope beside them."""
+    from scipy.interpolate import make_interp_spline  # slow to import, and few need it
+
     scale = _scale(values)
     own = np.percentile(values, STANDARDS["nyul"]) / scale
     own += 1e-6 * np.arange(len(own))  # where landmarks coincide
