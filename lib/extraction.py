@@ -73,8 +73,10 @@ def shows_head(volume: Volume, modality: str) -> bool:
         return bool(found.size and (found > BONE_HU).mean() > MOST_BONE)
     if voxels.shape[2] == 1:
         return not pictures.on_black(volume) or _gap(voxels[..., 0], volume.voxel_mm[:2]) >= GAP_RAYS
-    litres = brain_mask([signal(modality, voxels)]).sum() * volume.millilitres / 1000
     least, most = HEAD_LITRES
+    if (voxels > 0).sum() * volume.millilitres / 1000 < least:
+        return False
+    litres = brain_mask([signal(modality, voxels)]).sum() * volume.millilitres / 1000
     if not least <= litres <= most:
         return bool(litres > most)
     widest = int((voxels > TISSUE * np.percentile(voxels, 98)).sum(axis=(0, 1)).argmax())
