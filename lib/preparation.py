@@ -23,7 +23,7 @@ import scipy
 from lib import data_folder, dicom, intensities, privacy, volumes, workers
 from lib.cohort import FORMAT, PreparedSubject, lesion_free
 from lib.conventions import hidden_names
-from lib.datasets import read_lesion, read_scan, read_subject
+from lib.datasets import modality_of, read_lesion, read_scan, read_subject
 from lib.errors import CourseError
 from lib.examination import content, examine_scan
 from lib.extraction import VERSION as EXTRACTION
@@ -118,7 +118,8 @@ def prepare_scan(
     subject = _alone({m: Path(scans[m]) for m in recipe.modalities if m in scans})
     read = {m: read_scan(path) for m, path in subject.scans.items()}
     grid, name = next(iter(read.values())), subject.id
-    found = None if brain or not _on_one_grid(read.values()) else find(read)
+    own = {_own_modality(subject.scans[m], m): scan for m, scan in read.items()}
+    found = None if brain or not _on_one_grid(read.values()) else find(own)
     if found:
         inside = Volume(found[0], canonical(grid).affine)
         ready = {m: extracted(m, scan, inside) for m, scan in read.items()}
@@ -326,6 +327,14 @@ def _extracted(subject: Subject, scans: Mapping[str, Volume], brain: Path) -> di
             name = subject.hiding(subject.scans[m].name)
             raise CourseError(f"{brain} lies on another grid than {name}.", "Give the mask that belongs to this scan.")
     return {m: extracted(m, scan, inside) for m, scan in scans.items()}
+
+
+def _own_modality(path: Path, stands_for: str) -> str:
+    """What a scan is, where its name or header tells, or else what it stands for."""
+    try:
+        return modality_of(path)
+    except CourseError:
+        return stands_for
 
 
 def _on_one_grid(scans: Iterable[Volume]) -> bool:
